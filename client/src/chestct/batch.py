@@ -1,0 +1,148 @@
+"""A stream of files becomes a stream of records: decode ahead, send in batches, keep the order."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chestct.client import ScanClient
+from chestct.contract import Window
+from chestct.errors import ScanDecodeError, ServerError
+from chestct.report import error_line, result_line
+from chestct.scan import load_scan
+
+__all__ = ["classify_paths", "finished_paths"]
+
+LINE_START = b'{"path": '  # how `report.json_text` begins every record
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    path: str
+    scan: npt.NDArray[np.uint8] | ScanDecodeError
+    decode_ms: float
+
+
+def classify_paths(
+    client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int = 2
+) -> Iterator[dict[str, Any]]:
+    """One record for each scan file, in the order of `paths`.
+
+    Files are decoded by threads while the batch before them is on the wire; at most two batches
+    are held. A file that cannot be decoded becomes a record of its error, and the rest goes on.
+
+    Args:
+        client: A connected client.
+        paths: Scan files; drawn from as needed, so it may be endless.
+        batch_size: How many files go into one request.
+        workers: How many threads decode.
+
+    Yields:
+        Records as made by `chestct.report`.
+
+    Raises:
+        ServerError: The server failed; what was finished before has been yielded.
+        ValueError: `batch_size` or `workers` below 1.
+    """
+    if batch_size < 1 or workers < 1:
+        raise ValueError(f"batch_size {batch_size}, workers {workers}: expected at least 1 each")
+    window = client.facts.window
+    coming = iter(paths)
+    ahead: deque[Future[_Decoded]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        while True:
+            while len(ahead) < 2 * batch_size and (path := next(coming, None)) is not None:
+                ahead.append(pool.submit(_decode, path, window))
+            if not ahead:
+                return
+            batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+            yield from _lines(client, batch)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(path: Path, window: Window) -> _Decoded:
+    start = time.perf_counter()
+    scan: npt.NDArray[np.uint8] | ScanDecodeError
+    try:
+        scan = load_scan(path, window)
+    except ScanDecodeError as error:
+        scan = error
+    return _Decoded(str(path), scan, 1000 * (time.perf_counter() - start))
+
+
+def _lines(client: ScanClient, batch: list[_Decoded]) -> Iterator[dict[str, Any]]:
+    lines: dict[int, dict[str, Any]] = {}
+    scans: dict[int, npt.NDArray[np.uint8]] = {}
+    for place, item in enumerate(batch):
+        if isinstance(item.scan, ScanDecodeError):
+            lines[place] = error_line(item.path, item.scan)
+        else:
+            scans[place] = item.scan
+    if scans:
+        start = time.perf_counter()
+        try:
+            predictions = client.classify(np.stack(list(scans.values())), with_map=False)
+        except ServerError:
+            yield from lines.values()
+            raise
+        infer_ms = 1000 * (time.perf_counter() - start) / len(scans)
+        for index, place in enumerate(scans):
+            item = batch[place]
+            lines[place] = result_line(
+                item.path, predictions, index, decode_ms=item.decode_ms, infer_ms=infer_ms
+            )
+    yield from (lines[place] for place in range(len(batch)))
+
+
+def finished_paths(output: Path) -> set[str]:
+    """The paths with a whole record in an output file, so that a later run can pass over them.
+
+    A last line that was torn by a crash is cut off the file, which can be appended to after that.
+
+    Args:
+        output: File of JSON lines; a missing one holds nothing.
+
+    Returns:
+        `path` of each record, whether its status is `ok` or `error`.
+
+    Raises:
+        ValueError: The file holds something else; it is left as it is.
+        OSError: The file cannot be read or cut.
+    """
+    finished: set[str] = set()
+    if not output.exists():
+        return finished
+    whole_bytes = 0
+    with output.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                if not line.startswith(LINE_START) and not LINE_START.startswith(line):
+                    raise _foreign(output, number)
+                break
+            try:
+                record = json.loads(line)
+                if record["status"] not in ("ok", "error"):
+                    raise _foreign(output, number)
+                finished.add(record["path"])
+            except (ValueError, TypeError, KeyError):
+                raise _foreign(output, number) from None
+            whole_bytes += len(line)
+    if whole_bytes < output.stat().st_size:
+        os.truncate(output, whole_bytes)
+    return finished
+
+
+def _foreign(output: Path, number: int) -> ValueError:
+    return ValueError(f"{output}: line {number} is not a record of chestct classify")

@@ -1,0 +1,48 @@
+"""What can go wrong, as one tree.
+
+ChestCTError
++-- ScanDecodeError          a file is not a readable axial slice
++-- ServerError
+    +-- ServerUnavailableError   nobody answers, or the model is not ready
+    +-- InferenceTimeoutError    the deadline passed
+    +-- ContractError            the server's model is not the one this client was made for
+    +-- InferenceError           the server refused or failed one request
+"""
+
+__all__ = [
+    "ChestCTError",
+    "ContractError",
+    "InferenceError",
+    "InferenceTimeoutError",
+    "ScanDecodeError",
+    "ServerError",
+    "ServerUnavailableError",
+]
+
+
+class ChestCTError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ScanDecodeError(ChestCTError):
+    """A file that cannot be turned into a scan; the message names the file and the remedy."""
+
+
+class ServerError(ChestCTError):
+    """Base of everything that has to do with the server."""
+
+
+class ServerUnavailableError(ServerError):
+    """No server answers at the address, or its model is not ready."""
+
+
+class InferenceTimeoutError(ServerError):
+    """The deadline of a call passed before the answer came."""
+
+
+class ContractError(ServerError):
+    """The server's model differs from the contract; the message lists all differences."""
+
+
+class InferenceError(ServerError):
+    """The server answered a request with an error."""

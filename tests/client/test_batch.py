@@ -1,0 +1,180 @@
+"""Streams of files: order, look-ahead, bad files among good ones, and going on after a crash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chestct.batch import classify_paths, finished_paths
+from chestct.client import ScanClient
+from chestct.contract import Window
+from chestct.errors import ServerUnavailableError
+from chestct.report import json_text
+from chestct.scan import list_scans, load_scan
+
+
+@pytest.fixture
+def client(grpc_peer: Any) -> Iterator[ScanClient]:
+    with ScanClient(grpc_peer.url, retries=0) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_lines_keep_the_order_and_bad_files_stop_nothing(
+    client: ScanClient, scan_folder: Path, batch_size: int, workers: int
+) -> None:
+    paths = list(list_scans(scan_folder))
+    lines = list(classify_paths(client, paths, batch_size, workers))
+    assert [line["path"] for line in lines] == [str(path) for path in paths]
+    outcomes = [(Path(line["path"]).name, line.get("label", line["status"])) for line in lines]
+    assert outcomes == [
+        ("0 (1).png", "adenocarcinoma"),
+        ("1 (1).png", "large_cell"),
+        ("2 (1).png", "normal"),
+        ("2 text.png", "error"),
+        ("2 torn.png", "error"),
+        ("3 (1).png", "squamous_cell"),
+        ("a.PNG", "adenocarcinoma"),
+    ]
+    assert all(line["ms"]["infer"] > 0 for line in lines if line["status"] == "ok")
+
+
+def test_scans_are_sent_in_batches_without_maps(
+    client: ScanClient, grpc_peer: Any, scan_folder: Path
+) -> None:
+    list(classify_paths(client, list_scans(scan_folder), batch_size=3))
+    # Seven files in threes, less the two that are broken: 0 1 2, 2t 2t 3, a.
+    names = ("probabilities", "domain_distance")
+    assert grpc_peer.model.requests == [(3, names), (1, names), (1, names)]
+
+
+def test_only_broken_files_need_no_request(
+    client: ScanClient, grpc_peer: Any, scan_folder: Path
+) -> None:
+    lines = list(classify_paths(client, [scan_folder / "2 text.png"]))
+    assert [line["status"] for line in lines] == ["error"]
+    assert grpc_peer.model.requests == []
+
+
+def test_no_paths_give_no_lines(client: ScanClient) -> None:
+    assert list(classify_paths(client, [])) == []
+
+
+def test_look_ahead_is_bounded(client: ScanClient, scan_folder: Path) -> None:
+    drawn = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield scan_folder / "0 (1).png"
+
+    lines = classify_paths(client, endless(), batch_size=4)
+    for _ in range(6):
+        next(lines)
+    lines.close()
+    assert drawn <= 12  # two batches, and the one that is held
+
+
+def test_dicom_is_shown_in_the_window_of_the_model(
+    grpc_peer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Window] = []
+
+    def spy(path: Path, window: Window) -> np.ndarray:
+        seen.append(window)
+        return load_scan(path, window)
+
+    monkeypatch.setattr("chestct.batch.load_scan", spy)
+    grpc_peer.model.parameters["window_center_hu"] = "40.0"
+    grpc_peer.model.parameters["window_width_hu"] = "400.0"
+    with ScanClient(grpc_peer.url) as client:
+        list(classify_paths(client, [tmp_path / "missing.dcm"]))
+    assert seen == [Window(40.0, 400.0)]
+
+
+def test_server_death_comes_after_what_is_finished(
+    client: ScanClient, grpc_peer: Any, scan_folder: Path
+) -> None:
+    grpc_peer.model.dies_at_request = 2
+    lines: list[dict[str, Any]] = []
+    with pytest.raises(ServerUnavailableError):
+        lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
+    names = [(Path(line["path"]).name, line["status"]) for line in lines]
+    assert names == [
+        ("0 (1).png", "ok"),
+        ("1 (1).png", "ok"),
+        ("2 (1).png", "ok"),
+        ("2 text.png", "error"),  # of the second batch, which was lost but for these
+        ("2 torn.png", "error"),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": 0}])
+def test_sizes_below_one(client: ScanClient, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected at least 1 each"):
+        list(classify_paths(client, [], **wrong))
+
+
+def test_many_scans_stay_with_their_files(
+    client: ScanClient, tmp_path: Path, grey_slice: Callable[..., np.ndarray]
+) -> None:
+    means = np.random.default_rng(3).choice([40, 100, 160, 220], 60)
+    for index, mean in enumerate(means):
+        Image.fromarray(grey_slice(int(mean), seed=index)).save(tmp_path / f"{index:03}.png")
+    lines = classify_paths(client, list_scans(tmp_path), batch_size=7, workers=4)
+    labels = client.facts.labels
+    assert [labels.index(line["label"]) for line in lines] == [int(mean) // 64 for mean in means]
+
+
+def lines_of(*paths: str) -> str:
+    return "".join(json_text({"path": path, "status": "ok"}) for path in paths)
+
+
+def test_finished_paths_of_a_whole_file(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    assert finished_paths(output) == set()
+    output.write_text(lines_of("a", "b é") + json_text({"path": "c", "status": "error"}))
+    before = output.read_bytes()
+    assert finished_paths(output) == {"a", "b é", "c"}
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("torn", ['{"path": "c", "status": "o', '{"pa', "{", '{"path": "c"}'])
+def test_torn_last_line_is_cut_off(tmp_path: Path, torn: str) -> None:
+    output = tmp_path / "out.jsonl"
+    whole = lines_of("a", "b")
+    output.write_text(whole + torn)
+    assert finished_paths(output) == {"a", "b"}
+    assert output.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    ["path,label\n1.png,normal\n", "no newline", "[1]\n", '{"path": "a"}\n', "\n", "3\n", "\x00"],
+)
+def test_foreign_file_is_left_alone(tmp_path: Path, foreign: str) -> None:
+    output = tmp_path / "results.csv"
+    output.write_text(lines_of("a") + foreign)
+    with pytest.raises(ValueError, match="line 2 is not a record of chestct classify"):
+        finished_paths(output)
+    assert output.read_text() == lines_of("a") + foreign
+
+
+def test_every_cut_of_an_output_can_be_resumed(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    whole = lines_of("a", "b").encode()
+    first = whole.index(b"\n") + 1
+    for length in range(len(whole)):
+        output.write_bytes(whole[:length])
+        assert finished_paths(output) == ({"a"} if length >= first else set())
+        rest = output.read_text()
+        assert all(json.loads(line) for line in rest.splitlines())
+        assert rest == "" or rest.endswith("\n")

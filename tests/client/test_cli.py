@@ -1,0 +1,355 @@
+"""The command `chestct`, in this process and as one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import chestct
+from chestct import cli
+from chestct.contract import NOT_A_MEDICAL_DEVICE
+
+COMMAND = [sys.executable, "-W", "error", "-c", "from chestct.cli import entry_point as e; e()"]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHESTCT_URL", raising=False)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it hides mistakes in flushing
+
+
+@pytest.fixture
+def good_folder(scan_folder: Path) -> Path:
+    for path in scan_folder.glob("2 t*.png"):
+        path.unlink()
+    return scan_folder
+
+
+def run(arguments: list[object], **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+def classify(*arguments: object) -> int:
+    return cli.main(["classify", *map(str, arguments)])
+
+
+def test_table(peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert classify(good_folder, "--url", peer.url) == 0
+    captured = capsys.readouterr()
+    header, *rows = captured.out.splitlines()
+    assert header.split() == ["label", "probability", "in", "domain", "path"]
+    column = header.index("path")
+    assert [row[column:] for row in rows] == [
+        str(good_folder / name)
+        for name in ("0 (1).png", "1 (1).png", "2 (1).png", "3 (1).png", "inner/a.PNG")
+    ]
+    assert rows[2].split()[:3] == ["normal", "0.700", "yes"]
+    assert re.search(r"5 scans, [\d.]+ scans/s: 2 adenocarcinoma, 1 large_cell,", captured.err)
+    assert "model chestct version 1, run run-7" in captured.err
+    assert captured.err.count(NOT_A_MEDICAL_DEVICE) == 1
+    assert "out of domain" not in captured.err
+
+
+def test_bad_scans_are_told_and_counted(
+    peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full((50, 50), 90, np.uint8)).save(scan_folder / "9 flat.png")
+    assert classify(scan_folder, "--url", peer.url) == 1
+    captured = capsys.readouterr()
+    rows = captured.out.splitlines()
+    assert sum(row.startswith("ERROR") for row in rows) == 2
+    assert "2 text.png: neither PNG, JPEG nor DICOM" in captured.out
+    (flat,) = (row for row in rows if row.endswith("9 flat.png"))
+    assert flat.split()[2] == "NO"
+    assert "2 failed" in captured.err
+    assert "1 out of domain" in captured.err
+
+
+def test_json_lines(peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert classify(scan_folder, "--url", peer.url, "--json") == 1
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["status"] for line in lines] == ["ok"] * 3 + ["error"] * 2 + ["ok"] * 2
+    assert lines[0]["label"] == "adenocarcinoma"
+    assert lines[0]["model"] == {"name": "chestct", "version": "1", "run": "run-7"}
+    assert lines[3]["error"]["type"] == "ScanDecodeError"
+
+
+def test_output_holds_the_lines_of_stdout(
+    peer: Any, scan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert classify(scan_folder, "--url", peer.url, "--json", "--output", output) == 1
+    assert output.read_text() == capsys.readouterr().out
+
+
+def test_existing_output_is_not_overwritten(
+    grpc_peer: Any, good_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious\n")
+    assert classify(good_folder, "--url", grpc_peer.url, "--output", output) == 2
+    assert "exists. Add --resume" in capsys.readouterr().err
+    assert classify(good_folder, "--url", grpc_peer.url, "--output", output, "--resume") == 2
+    assert "line 1 is not a record" in capsys.readouterr().err
+    assert output.read_text() == "precious\n"
+    assert grpc_peer.model.requests == []
+
+
+def test_resume_does_what_is_left(
+    grpc_peer: Any, good_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = (good_folder, "--url", grpc_peer.url, "--batch-size", 2, "--output", output)
+    grpc_peer.model.failures = []
+    assert classify(*arguments) == 0
+    whole = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(whole[:2]) + whole[2][:40])  # as a crash leaves it
+    grpc_peer.model.requests.clear()
+    assert classify(*arguments, "--resume") == 0
+    assert [size for size, _ in grpc_peer.model.requests] == [2, 1]
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["path"] for line in again] == [json.loads(line)["path"] for line in whole]
+    capsys.readouterr()
+    grpc_peer.die()
+    assert classify(*arguments, "--resume") == 0  # nothing is left, so no server is needed
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_resume_needs_an_output(good_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert classify(good_folder, "--resume") == 2
+    assert "--resume needs --output" in capsys.readouterr().err
+
+
+def test_fail_fast_stops_at_the_first_bad_scan(
+    grpc_peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (scan_folder, "--url", grpc_peer.url, "--json", "--fail-fast", "--batch-size", 1)
+    assert classify(*arguments) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["status"] for line in lines] == ["ok", "ok", "ok", "error"]
+    assert len(grpc_peer.model.requests) == 3
+
+
+def test_several_paths_and_single_files(
+    grpc_peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = (good_folder / "3 (1).png", good_folder / "inner", good_folder / "0 (1).png")
+    assert classify(*paths, "--url", grpc_peer.url, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line["path"]).name for line in lines] == ["3 (1).png", "a.PNG", "0 (1).png"]
+
+
+def test_address_comes_from_the_environment(
+    peer: Any, good_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHESTCT_URL", peer.url)
+    assert classify(good_folder) == 0
+    assert len(peer.model.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["{empty}"], "no scans in .*empty: expected .png, .jpg"),
+        (["{folder}", "missing"], "missing: no such file or folder"),
+        (["{folder}", "--url", "localhost:8001"], "expected grpc://HOST:8001"),
+        (["{folder}", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (["{folder}", "--timeout-s", "0"], "timeout_s is 0.0: expected a positive number"),
+        (["{folder}", "--output", "{empty}/a/b"], "the folder .*a is not there"),
+        (["{folder}", "--output", "{empty}"], "a folder, expected a file to write to"),
+        (["{folder}", "--tls-ca", "{folder}/0 (1).png"], "need grpcs:// or https://"),
+        (["{folder}", "--tls-cert", "missing.pem"], "needs its key"),
+    ],
+)
+def test_mistakes_of_the_user(
+    good_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"folder": good_folder, "empty": tmp_path / "empty"}
+    assert classify(*(part.format(**names) for part in change)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(f"chestct: .*{message}.*\n", captured.err)
+
+
+@pytest.mark.parametrize("arguments", [[], ["classify"], ["classify", "a", "--batch-size", "x"]])
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: chestct" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"chestct {chestct.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["classify", "health"])
+def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(grpc://127.0.0.1:8001; the variable CHESTCT_URL" in text
+    assert "name of the model (chestct)" in text
+    assert NOT_A_MEDICAL_DEVICE in text
+
+
+def test_health(peer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["health", "--url", peer.url]) == 0
+    captured = capsys.readouterr()
+    pattern = r"chestct version 1, run run-7: answered in \d+\.\d ms\n"
+    assert re.fullmatch(pattern, captured.out)
+    assert captured.err == f"{NOT_A_MEDICAL_DEVICE}\n"
+
+
+def test_no_server(
+    good_folder: Path, tmp_path: Path, closed_port_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--url", closed_port_url, "--connect-timeout-s", "0.2")
+    output = tmp_path / "out.jsonl"
+    assert classify(good_folder, *options, "--output", output) == 3
+    assert not output.exists()
+    assert cli.main(["health", *options]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 2
+
+
+def test_another_contract(peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.model.num_classes = 7
+    assert classify(good_folder, "--url", peer.url) == 3
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "has shape (-1, 7), expected (-1, 4)" in captured.err
+
+
+def test_death_in_the_middle_keeps_what_is_done(
+    peer: Any, good_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    peer.model.dies_at_request = 3
+    assert classify(good_folder, "--url", peer.url, "--batch-size", 1, "--output", output) == 3
+    assert [json.loads(line)["status"] for line in output.read_text().splitlines()] == ["ok"] * 2
+    captured = capsys.readouterr()
+    assert "2 scans" in captured.err
+    assert captured.err.splitlines()[-1].startswith(f"chestct: {peer.url}: ")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a full disk")
+def test_full_disk(grpc_peer: Any, good_folder: Path) -> None:
+    arguments = ["classify", good_folder, "--url", grpc_peer.url]
+    done = run([*arguments, "--output", "/dev/full"])
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "chestct: cannot write the results: No space left on device"
+    )
+    with open("/dev/full", "w") as full:
+        command = [*COMMAND, *map(str, arguments)]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_reader_that_goes_away(
+    grpc_peer: Any, tmp_path: Path, grey_slice: Callable[..., np.ndarray]
+) -> None:
+    for index in range(12):
+        Image.fromarray(grey_slice(100, seed=index)).save(tmp_path / f"{index}.png")
+    grpc_peer.model.delay_s = 0.05
+    command = [*COMMAND, "classify", str(tmp_path), "--url", grpc_peer.url, "--batch-size", "1"]
+    with subprocess.Popen(
+        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert json.loads(process.stdout.readline())["status"] == "ok"
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+
+
+def test_interrupt_keeps_what_is_done(peer: Any, good_folder: Path, tmp_path: Path) -> None:
+    peer.model.delay_s = 0.4
+    output = tmp_path / "out.jsonl"
+    arguments = ["classify", str(good_folder), "--url", peer.url, "--output", str(output)]
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "--batch-size", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (output.exists() and output.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert 1 <= len(lines) < 5
+    assert errors.splitlines()[-1] == "chestct: interrupted; what was finished is kept"
+    assert "Traceback" not in errors
+    assert "KeyboardInterrupt" not in errors
+
+
+def test_as_a_process_of_its_own(peer: Any, scan_folder: Path) -> None:
+    done = run(["classify", scan_folder, "--json"], env={**os.environ, "CHESTCT_URL": peer.url})
+    assert done.returncode == 1
+    assert len([json.loads(line) for line in done.stdout.splitlines()]) == 7
+    assert "\r" not in done.stderr  # progress is for terminals only
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_on_a_terminal(grpc_peer: Any, good_folder: Path) -> None:
+    terminal, end = os.openpty()
+    command = [*COMMAND, "classify", str(good_folder), "--url", grpc_peer.url]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=end, timeout=60, check=False)
+    os.close(end)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert done.returncode == 0
+    assert re.search(
+        r"\r1 scan, [\d.]+ scans/s\r2 scans, .*\r5 scans, [^\r]*\r\x1b\[K5 scans", shown
+    )
+
+
+def test_odd_file_names_do_not_reach_the_terminal(
+    grpc_peer: Any, good_folder: Path, grey_slice: Callable[..., np.ndarray]
+) -> None:
+    name = os.fsencode(good_folder) + b"/\x1b[31m\xff\n\xc3\xa9.png"
+    Image.fromarray(grey_slice(40)).save(os.fsdecode(name), "PNG")
+    for encoding in ("utf-8", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = run(["classify", good_folder, "--url", grpc_peer.url], env=environment)
+        assert done.returncode == 0
+        assert "\x1b" not in done.stdout
+        assert len(done.stdout.splitlines()) == 7
+        assert r"\x1b[31m\udcff\n" in done.stdout

@@ -1,0 +1,79 @@
+"""What the package imports and what it promises to export."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chestct
+
+PACKAGE = Path(chestct.__file__).parent
+MODULES = sorted(path for path in PACKAGE.glob("*.py"))
+ALLOWED = {"PIL", "chestct", "grpc", "numpy", "pydicom", "tritonclient"}
+
+
+def imported_roots(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            roots.add(str(node.module).split(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_only_the_declared_dependencies_are_imported(path: Path) -> None:
+    assert imported_roots(path) - sys.stdlib_module_names <= ALLOWED
+
+
+def test_all_modules_are_looked_at() -> None:
+    names = {path.stem for path in MODULES}
+    assert {"batch", "cli", "client", "contract", "errors", "report", "scan"} <= names
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Constants, then classes, then functions, as ruff sorts `__all__`."""
+    return sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_all_is_sorted_and_there(path: Path) -> None:
+    name = "chestct" if path.stem == "__init__" else f"chestct.{path.stem}"
+    module = importlib.import_module(name)
+    assert module.__all__ == in_order(module.__all__)
+    assert all(hasattr(module, exported) for exported in module.__all__)
+
+
+def test_package_exports_everything_that_it_names() -> None:
+    public = {
+        name
+        for name, value in vars(chestct).items()
+        if not name.startswith("_") and not isinstance(value, type(sys))
+    }
+    assert public == set(chestct.__all__)
+    assert set(chestct.errors.__all__) <= public
+    assert set(chestct.scan.__all__) <= public
+    assert set(chestct.client.__all__) <= public
+
+
+def test_import_is_light_and_silent() -> None:
+    program = (
+        "import sys, chestct.cli\n"
+        "heavy = {'tritonclient', 'grpc', 'gevent', 'pydicom'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
