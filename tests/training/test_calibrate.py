@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training.calibrate import (
+    domain_distances,
+    domain_threshold,
+    fit_domain,
+    fit_temperature,
+    softmax,
+)
+
+
+def test_temperature_of_overconfident_logits_is_found():
+    rng = np.random.default_rng(1)
+    honest = rng.normal(0, 2, (20_000, 4)).astype(np.float32)
+    labels = np.array([rng.choice(4, p=p / p.sum()) for p in softmax(honest).astype(float)])
+    assert fit_temperature(honest * 3, labels) == pytest.approx(3, rel=0.05)
+
+
+def test_temperature_stays_within_its_limits():
+    logits = np.array([[5.0, 0.0], [0.0, 5.0]], np.float32)
+    assert fit_temperature(logits, np.array([0, 1])) == pytest.approx(0.2, rel=0.01)
+    assert fit_temperature(logits, np.array([1, 0])) == pytest.approx(10, rel=0.01)
+
+
+def test_softmax_of_large_logits_is_finite():
+    got = softmax(np.array([[1000.0, 0.0]], np.float32))
+    np.testing.assert_array_equal(got, [[1.0, 0.0]])
+
+
+def test_distance_is_that_of_the_inverse_covariance():
+    rng = np.random.default_rng(2)
+    features = rng.normal(3, 2, (4000, 512)).astype(np.float32)
+    domain = fit_domain(features)
+    far = np.full((1, 512), 3, np.float32)
+    far[0, 0] += 20  # ten standard deviations of 2 along one axis
+    assert domain_distances(far, domain)[0] == pytest.approx(10, rel=0.1)
+    typical = domain_distances(features, domain)
+    assert np.median(typical) == pytest.approx(np.sqrt(512), rel=0.1)
+
+
+def test_fewer_scans_than_channels_still_give_a_domain():
+    features = np.random.default_rng(3).normal(size=(40, 512)).astype(np.float32)
+    assert np.isfinite(domain_distances(features, fit_domain(features))).all()
+
+
+def test_threshold_accepts_the_asked_fraction():
+    distances = np.arange(1, 101, dtype=np.float32)
+    assert (distances <= domain_threshold(distances, 0.95)).mean() == 0.95

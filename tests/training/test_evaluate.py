@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import mlflow
+import numpy as np
+import pytest
+
+from training.evaluate import EvaluateConfig, evaluate, majority_baseline, report
+from training.scans import read_split
+
+
+def config_of(trained, output) -> EvaluateConfig:
+    return EvaluateConfig(
+        scans=trained.scans,
+        split=trained.split,
+        protocol=trained.split.with_name("split.json"),
+        model=trained.model,
+        output=output,
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluate") / "evaluate"
+    external = tmp_path_factory.mktemp("external")
+    for name, label in (("normal", "normal"), ("malignant", "adenocarcinoma")):
+        shutil.copytree(trained.scans / "test" / label, external / name)
+    return output, evaluate(config_of(trained, output), external)
+
+
+def test_files_and_protocols(evaluated):
+    output, metrics = evaluated
+    assert {path.name for path in output.iterdir()} == {
+        "metrics.json", "scores.json", "report.md", "predictions.csv",
+        "confusion.png", "roc.png", "reliability.png",
+    }  # fmt: skip
+    assert list(metrics["protocols"]) == ["official"]
+    assert metrics["protocols"]["official"]["model"]["n"] == 12
+
+
+def test_baselines_stand_beside_the_model(evaluated):
+    answers = evaluated[1]["protocols"]["official"]
+    assert answers["majority"]["accuracy"]["value"] == 0.25
+    assert answers["majority"]["macro_auroc"]["value"] == 0.5
+    assert 0 <= answers["mean grey"]["accuracy"]["value"] <= 1
+
+
+def test_predictions_agree_with_the_scores(evaluated):
+    output, metrics = evaluated
+    with (output / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    right = np.mean([row["actual"] == row["predicted"] for row in rows])
+    assert right == pytest.approx(metrics["protocols"]["official"]["model"]["accuracy"]["value"])
+    assert sum(float(rows[0][name]) for name in metrics["labels"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_scores_are_in_the_run_of_the_training(evaluated):
+    _, metrics = evaluated
+    logged = mlflow.get_run(metrics["run"]).data.metrics
+    expected = metrics["protocols"]["official"]["model"]["accuracy"]["value"]
+    assert logged["official.accuracy"] == pytest.approx(expected, abs=1e-4)
+    assert mlflow.get_run(metrics["run"]).info.status == "FINISHED"
+
+
+def test_external_source_is_scored_as_normal_against_the_rest(evaluated):
+    found = evaluated[1]["external"]["malignant_against_normal_auroc"]
+    assert found["n"] == [3, 3]
+    assert found["low"] <= found["value"] <= found["high"]
+
+
+def test_report_names_n_and_intervals(evaluated):
+    text = report(evaluated[1])
+    assert "## official: 12 scans in 12 groups" in text
+    assert "| majority | 0.250 (" in text
+
+
+def test_duplicates_of_training_scans_are_scored_apart(trained, tmp_path):
+    rows = [line.split(",") for line in trained.split.read_text().splitlines()]
+    train_group = next(row[3] for row in rows if row[2] == "train")
+    duplicate = next(row for row in rows if row[2] == "test")
+    duplicate[3] = train_group
+    (tmp_path / "split.csv").write_text("\n".join(",".join(row) for row in rows))
+    (tmp_path / "split.json").write_text(json.dumps({"protocol": "official"}))
+    import dataclasses
+
+    config = dataclasses.replace(
+        config_of(trained, tmp_path / "evaluate"),
+        split=tmp_path / "split.csv",
+        protocol=tmp_path / "split.json",
+    )
+    metrics = evaluate(config)
+    sizes = {name: answers["model"]["n"] for name, answers in metrics["protocols"].items()}
+    assert sizes == {"official": 12, "official_without_duplicates": 11}
+
+
+def test_external_folder_without_normal_is_refused(trained, tmp_path):
+    shutil.copytree(trained.scans / "test" / "normal", tmp_path / "external" / "benign")
+    with pytest.raises(ValueError, match="expected 'normal' in both"):
+        evaluate(config_of(trained, tmp_path / "out"), tmp_path / "external")
+    assert not (tmp_path / "out").exists()
+
+
+def test_majority_is_that_of_the_training_scans(trained):
+    train = read_split(trained.scans, trained.split)["train"]
+    np.testing.assert_allclose(majority_baseline(train, 2), np.full((2, 4), 0.25))

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+
+import keras
+import mlflow
+import numpy as np
+import pytest
+
+import training.fit
+from chestct.contract import ModelFacts
+from training.fit import (
+    FitConfig,
+    class_weights,
+    compile_trainer,
+    epoch_batches,
+    fit,
+    fit_head,
+    gather_augmented,
+    gather_copies,
+    head_logits,
+    main,
+    smoothed_targets,
+    trainable_twin,
+)
+from training.model import build_classifier, load_trained, logits_from
+
+
+def small(phantoms, output, **changes) -> FitConfig:
+    return FitConfig(
+        scans=phantoms.scans,
+        split=phantoms.split,
+        output=output,
+        cache=phantoms.cache,
+        weights="random",
+        augmented_copies=1,
+        **changes,
+    )
+
+
+def weights_of(folder) -> list[np.ndarray]:
+    return load_trained(folder)[0].get_weights()
+
+
+def test_training_writes_model_facts_history_and_run(trained):
+    model, facts = load_trained(trained.model)
+    assert sorted(path.name for path in trained.model.iterdir()) == [
+        "facts.json",
+        "history.csv",
+        "model.keras",
+        "run.json",
+    ]
+    assert facts.labels == (
+        "adenocarcinoma",
+        "large.cell.carcinoma",
+        "normal",
+        "squamous.cell.carcinoma",
+    )
+    assert model.output["probabilities"].shape == (None, 4)
+    with (trained.model / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
+
+
+def test_run_is_finished_and_holds_the_model(trained):
+    facts = ModelFacts.from_parameters(json.loads((trained.model / "facts.json").read_text()))
+    run = mlflow.get_run(facts.run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["weights.source"] == "random"
+    assert run.data.params["data.sha256"] == facts.data_hash
+    names = [
+        item.path
+        for item in mlflow.artifacts.list_artifacts(run_id=facts.run, artifact_path="model")
+    ]
+    assert "model/model.keras" in names
+    assert len(mlflow.MlflowClient().get_metric_history(facts.run, "valid_loss")) == 2
+
+
+def test_temperature_is_inside_the_saved_graph(trained):
+    model, facts = load_trained(trained.model)
+    assert model.get_layer("temperature").scale == pytest.approx(1 / facts.temperature)
+
+
+def test_domain_threshold_accepts_the_validation_scans(trained):
+    from training.scans import read_split
+
+    model, facts = load_trained(trained.model)
+    valid = read_split(trained.scans, trained.split)["valid"]
+    distances = model.predict_on_batch(valid.pixels)["domain_distance"]
+    assert (distances <= facts.domain_threshold).mean() >= 11 / 12 - 1e-6
+
+
+def test_frozen_blocks_stay_and_the_last_block_moves(scan_batch):
+    model = build_classifier(4)
+    fit_head(model, np.random.default_rng(1).random((8, 512)), np.arange(8) % 4, 1.0)
+    twin = trainable_twin(model, FitConfig(), on_gpu=False)
+    trainer = logits_from(twin, 1)
+    compile_trainer(trainer, 1e-3)
+    trainer.train_on_batch(scan_batch[:4], np.eye(4, dtype=np.float32))
+    for name, moves in (("block1_conv1", False), ("block4_conv3", False), ("block5_conv1", True)):
+        before, after = (m.get_layer(name).get_weights()[0] for m in (model, twin))
+        assert (before != after).any() == moves, name
+
+
+@pytest.mark.slow
+def test_interrupted_training_ends_as_an_uninterrupted_one(phantoms, tmp_path, monkeypatch):
+    config = small(phantoms, tmp_path / "whole", epochs=3, seed=11)
+    fit(config)
+    interrupted = dataclasses.replace(config, output=tmp_path / "resumed")
+    score, calls = training.fit._scores, []
+
+    def stop_in_epoch_two(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # after phase one, after epoch 1, in epoch 2
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(training.fit, "_scores", stop_in_epoch_two)
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted)
+    assert not interrupted.output.exists()
+    killed = mlflow.search_runs(search_all_experiments=True, filter_string="status = 'KILLED'")
+    monkeypatch.setattr(training.fit, "_scores", score)
+    fit(interrupted)
+    for one, other in zip(weights_of(config.output), weights_of(interrupted.output), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    run = load_trained(interrupted.output)[1].run
+    assert run in set(killed.run_id)
+    assert mlflow.get_run(run).info.status == "FINISHED"
+    assert not list((phantoms.cache / "fit").iterdir())
+
+
+def test_failed_write_keeps_the_model_of_before(trained, monkeypatch, tmp_path):
+    config = small(trained, tmp_path / "train", epochs=0)
+    fit(config)
+    before = (config.output / "facts.json").read_text()
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.fit, "_write_history", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(dataclasses.replace(config, seed=12))
+    assert (config.output / "facts.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_head_is_the_logistic_regression_of_the_features():
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(3), 30)
+    features = rng.normal(0, 3, (90, 512)).astype(np.float32) + 5
+    features[np.arange(90), labels] += 12
+    model = build_classifier(3)
+    fit_head(model, features, labels, 0.1)
+    assert (head_logits(model, features).argmax(axis=1) == labels).mean() > 0.95
+    shuffled = rng.permutation(labels)
+    fit_head(model, features, shuffled, 0.1)
+    assert (head_logits(model, features).argmax(axis=1) == labels).mean() < 0.6
+
+
+def test_head_of_two_classes():
+    rng = np.random.default_rng(2)
+    labels = np.repeat([0, 1], 30)
+    features = rng.normal(size=(60, 512)).astype(np.float32) + labels[:, np.newaxis]
+    model = build_classifier(2)
+    fit_head(model, features, labels, 0.1)
+    assert (head_logits(model, features).argmax(axis=1) == labels).all()
+
+
+def test_class_weights_by_hand():
+    labels = np.array([0, 0, 0, 1])
+    np.testing.assert_allclose(class_weights(labels, 2, 0), [1, 1])
+    np.testing.assert_allclose(class_weights(labels, 2, 1), [2 / 3, 2])  # 4 / (2 * count)
+    weights = class_weights(labels, 2, 0.5)
+    assert weights[1] / weights[0] == pytest.approx(3**0.5)
+    assert weights[labels].mean() == pytest.approx(1)
+
+
+def test_smoothed_targets_by_hand():
+    got = smoothed_targets(np.array([1]), 4, 0.1)
+    np.testing.assert_allclose(got, [[0.025, 0.925, 0.025, 0.025]])
+
+
+def test_an_epoch_shows_every_scan_once_with_its_own_target():
+    copies = [np.arange(10, dtype=np.float16)[:, np.newaxis] + 100 * copy for copy in range(2)]
+    targets, weight = np.eye(10, dtype=np.float32), np.arange(10, dtype=np.float32)
+    batches = epoch_batches(gather_copies(copies), targets, weight, 3, batch_size=4, seed=1)
+    assert len(batches) == 3
+    seen = []
+    for index in range(len(batches)):
+        inputs, wanted, weights = batches[index]
+        assert (inputs[:, 0] - 100 == wanted.argmax(axis=1)).all()  # epoch 3 takes copy 1
+        np.testing.assert_array_equal(weights, wanted.argmax(axis=1))
+        seen += weights.tolist()
+    assert sorted(seen) == list(range(10))
+    again = epoch_batches(gather_copies(copies), targets, weight, 3, batch_size=4, seed=1)
+    other = epoch_batches(gather_copies(copies), targets, weight, 4, batch_size=4, seed=1)
+    assert (again[0][2] == batches[0][2]).all()
+    assert (other[0][2] != batches[0][2]).any()
+
+
+def test_direct_input_is_augmented_anew_in_each_epoch(scan_batch):
+    gather = gather_augmented(scan_batch, FitConfig().limits(), 7)
+    first = gather(np.array([0, 3]), 1)
+    np.testing.assert_array_equal(first[1], gather(np.array([3]), 1)[0])
+    assert (first != gather(np.array([0, 3]), 2)).any()
+
+
+def test_direct_training_runs(phantoms, tmp_path):
+    config = small(phantoms, tmp_path / "train", epochs=1, frozen_layers="direct", batch_size=10)
+    fit(config)
+    assert load_trained(config.output)[1].labels
+
+
+def test_mixed_precision_twin_computes_in_float16_and_keeps_float32_outputs():
+    model = build_classifier(3)
+    twin = trainable_twin(model, FitConfig(first_trained_block=4), on_gpu=True)
+    assert twin.get_layer("block3_conv1").compute_dtype == "float16"
+    assert twin.get_layer("activation_map").compute_dtype == "float32"
+    assert twin.get_layer("block3_conv1").kernel.dtype == "float32"
+    assert not twin.get_layer("block3_conv3").trainable
+    assert twin.get_layer("block4_conv1").trainable
+    assert keras.config.dtype_policy().name == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_trained_block": 7}, "first_trained_block is 7; expected 2 to 6"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"frozen_layers": "disk"}, "expected auto, cached or direct"),
+        ({"augmentation": {"flip": 1.0}}, "allowed keys are"),
+        ({"window_width_hu": 0.0}, "window width 0.0 HU"),
+    ],
+)
+def test_config_that_cannot_be_meant_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FitConfig(**changes)
+
+
+def test_missing_class_in_training_is_named(phantoms, tmp_path):
+    rows = phantoms.split.read_text().splitlines()
+    kept = [row for row in rows if not ("/normal/" in row and row.startswith("train"))]
+    (tmp_path / "split.csv").write_text("\n".join(kept))
+    config = dataclasses.replace(small(phantoms, tmp_path / "train"), split=tmp_path / "split.csv")
+    with pytest.raises(ValueError, match="no training scan of normal"):
+        fit(config)
+
+
+def test_command_says_what_is_missing_in_one_line(tmp_path, capsys):
+    (tmp_path / "train.yaml").write_text("epochs: 1\n")
+    code = main(["--config", str(tmp_path / "train.yaml"), "--split", str(tmp_path / "none.csv")])
+    assert code == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error == [f"error: {tmp_path / 'none.csv'}: no such file; run python -m training.split"]

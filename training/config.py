@@ -1,0 +1,77 @@
+"""Read one command's YAML file into its frozen dataclass, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+def load_config(cls: type[Config], path: Path) -> Config:
+    """An instance of the dataclass `cls` from the YAML file at `path`.
+
+    Keys that the file leaves out keep the dataclass's defaults. YAML lists become tuples, whole
+    numbers are taken where a float is expected, and nothing else is converted.
+
+    Raises:
+        ValueError: The file is missing, is no mapping, holds an unknown key or a wrong type; the
+            message lists the allowed keys.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such config file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(raw).__name__}")
+    hints = typing.get_type_hints(cls)
+    allowed = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = [key for key in raw if key not in allowed]
+    if unknown:
+        raise ValueError(f"{path}: unknown keys {unknown}; allowed are {allowed}")
+    values = {key: _checked(path, key, value, hints[key]) for key, value in raw.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        members = typing.get_args(hint)
+        if value is None and type(None) in members:
+            return None
+        rest = [member for member in members if member is not type(None)]
+        for member in rest[:-1]:
+            try:
+                return _checked(path, key, value, member)
+            except ValueError:
+                continue
+        return _checked(path, key, value, rest[-1])
+    if origin is tuple and isinstance(value, list):
+        member = typing.get_args(hint)[0]
+        return tuple(_checked(path, key, item, member) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (not isinstance(value, bool) or hint is bool)
+    ):
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{path}: {key} is {value!r}; expected {name}")

@@ -1,0 +1,44 @@
+"""Write a file or a folder whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    The block may create a file or a folder there. On an error, Ctrl-C included, what was written
+    is removed and an older `path` stays as it was.
+
+    Raises:
+        OSError: The folder cannot be written or the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = holder / path.name
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            path.rename(holder / "before")
+        os.replace(temporary, path)
+    except BaseException:
+        if (holder / "before").exists() and not path.exists():
+            (holder / "before").rename(path)
+        raise
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as indented JSON in `path`, replaced in one step."""
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,561 @@
+"""Fine-tune VGG-16 in two phases: the head on fixed features, then the last blocks."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from chestct.contract import LUNG_WINDOW, ModelFacts, Window
+from chestct.errors import ChestCTError
+from training.augment import Augmentation, Scan, augment
+from training.calibrate import (
+    domain_distances,
+    domain_threshold,
+    fit_domain,
+    fit_temperature,
+    softmax,
+)
+from training.config import load_config
+from training.features import Activations, augmented_copy, cached_activations
+from training.files import replaced, write_json
+from training.model import (
+    build_classifier,
+    frozen_prefix,
+    logits_from,
+    pooled_features,
+    set_domain,
+    with_temperature,
+)
+from training.scans import ScanSet, read_split
+from training.tracking import Run, tracked_run
+from training.weights import load_backbone_weights
+
+if TYPE_CHECKING:
+    import keras
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+Gather = Callable[[Indices, int], npt.NDArray[Any]]  # (scan indices, epoch) to training input
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What `training.fit` is told.
+
+    Attributes:
+        scans: Folder that the split file's paths are relative to.
+        split: CSV with path, label, split, group.
+        output: Folder for the model and its records.
+        cache: Folder for activations and the state of an interrupted run.
+        weights: `auto`, `imagenet`, `brain-mri`, `random` or a path.
+        first_trained_block: Block of VGG-16 from which phase two trains; 6 trains the head alone.
+        epochs: At most so many epochs in phase two.
+        patience: Phase two stops after so many epochs without a lower validation loss.
+        batch_size: Scans a step.
+        learning_rate: Adam's; small, because the kernels are nearly right already.
+        head_regularisation: Inverse strength C of the logistic regression of phase one.
+        dropout: Fraction of feature channels dropped in phase two.
+        class_weighting: 0 counts every scan alike, 1 gives every class the same total weight, and
+            values between take that power of the inverse frequency.
+        label_smoothing: Share of the target spread over all classes.
+        augmented_copies: Copies of the training set beside the original; each epoch takes the
+            next. On the CPU they pass the frozen layers once, before phase two.
+        augmentation: Limits of the random changes, the fields of `Augmentation`.
+        frozen_layers: `cached` (activations on disk), `direct` (every epoch anew, every scan
+            augmented anew), `auto` = cached on a CPU, direct on a GPU.
+        mixed_precision: float16 arithmetic on a GPU in phase two.
+        accepted: Fraction of validation scans that the domain threshold accepts.
+        window_center_hu: Window for slices in Hounsfield units.
+        window_width_hu: Its width.
+        seed: Of everything random.
+    """
+
+    scans: Path = Path("data/scans")
+    split: Path = Path("results/split/split.csv")
+    output: Path = Path("results/train")
+    cache: Path = Path(".cache")
+    weights: str = "auto"
+    first_trained_block: int = 5
+    epochs: int = 16
+    patience: int = 6
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    head_regularisation: float = 0.1
+    dropout: float = 0.3
+    class_weighting: float = 0.5
+    label_smoothing: float = 0.05
+    augmented_copies: int = 3
+    augmentation: dict[str, float] = field(default_factory=dict)
+    frozen_layers: str = "auto"
+    mixed_precision: bool = True
+    accepted: float = 0.95
+    window_center_hu: float = LUNG_WINDOW.center_hu
+    window_width_hu: float = LUNG_WINDOW.width_hu
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be meant.
+
+        Raises:
+            ValueError: A value outside its range; the message names it.
+        """
+        ranges: list[tuple[str, float, float]] = [
+            ("first_trained_block", 2, 6),
+            ("epochs", 0, 10_000),
+            ("patience", 1, 10_000),
+            ("batch_size", 1, 4096),
+            ("learning_rate", 1e-9, 1),
+            ("head_regularisation", 1e-9, 1e9),
+            ("dropout", 0, 0.95),
+            ("class_weighting", 0, 1),
+            ("label_smoothing", 0, 0.5),
+            ("augmented_copies", 0, 100),
+            ("accepted", 0.5, 1),
+        ]
+        for name, low, high in ranges:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        if self.frozen_layers not in ("auto", "cached", "direct"):
+            raise ValueError(
+                f"frozen_layers is {self.frozen_layers!r}; expected auto, cached or direct"
+            )
+        self.limits()
+        self.window()
+
+    def limits(self) -> Augmentation:
+        """The augmentation as its own type."""
+        try:
+            return Augmentation(**self.augmentation)
+        except TypeError as error:
+            allowed = [item.name for item in dataclasses.fields(Augmentation)]
+            raise ValueError(
+                f"augmentation {self.augmentation}: allowed keys are {allowed}"
+            ) from error
+
+    def window(self) -> Window:
+        """The window as its own type."""
+        return Window(self.window_center_hu, self.window_width_hu)
+
+
+def fit(config: FitConfig) -> Path:
+    """Train a classifier and write it with its records into `config.output`.
+
+    Writes `model.keras` (contract names, temperature and domain inside), `facts.json` (the
+    parameters that travel with it), `history.csv` (one row an epoch) and `run.json`. The folder
+    is replaced in one step. An interrupted run goes on from its last epoch when it is called
+    again with the same config, data and weights.
+
+    Returns:
+        The path of `model.keras`.
+
+    Raises:
+        ValueError: The config, the split or the weights cannot be used.
+        chestct.errors.ScanDecodeError: A scan cannot be read.
+        OSError: The output cannot be written.
+    """
+    import keras
+    import tensorflow as tf
+
+    started = time.monotonic()
+    sets = read_split(config.scans, config.split, config.window())
+    train, valid = sets["train"], sets["valid"]
+    missing = [name for index, name in enumerate(train.names) if index not in train.labels]
+    if missing:
+        raise ValueError(f"{config.split}: no training scan of {', '.join(missing)}")
+    gpus = tf.config.list_physical_devices("GPU")
+    keras.utils.set_random_seed(config.seed)
+    model = build_classifier(len(train.names))
+    weights = load_backbone_weights(model, config.weights)
+    logger.info("starting weights: %s", weights.source)
+    state = ResumableState.find(config, train, valid, weights.sha256)
+    with tracked_run(f"vgg16-block{config.first_trained_block}", state.run_id) as run:
+        state.begin(run.run_id)
+        run.log_params({f"fit.{key}": value for key, value in _plain(config).items()})
+        run.log_params({"weights.source": weights.source, "weights.sha256": weights.sha256})
+        run.log_params({"data.sha256": train.sha256, "data.train": len(train)})
+        run.set_tags({"devices": f"{len(gpus)} GPU" if gpus else f"{os.cpu_count()} CPU"})
+        _train(config, model, train, valid, state, run, bool(gpus))
+        features = predict(pooled_features(model), train.pixels, "features of train")
+        valid_features = predict(pooled_features(model), valid.pixels, "features of valid")
+        temperature = fit_temperature(head_logits(model, valid_features), valid.labels)
+        domain = fit_domain(features)
+        threshold = domain_threshold(domain_distances(valid_features, domain), config.accepted)
+        set_domain(model, domain)
+        final = with_temperature(model, temperature)
+        facts = ModelFacts(
+            train.names, config.window(), temperature, threshold, run.run_id, train.sha256
+        )
+        run.log_params({"temperature": temperature, "domain_threshold": threshold})
+        with replaced(config.output) as folder:
+            folder.mkdir()
+            final.save(folder / "model.keras")
+            write_json(folder / "facts.json", facts.to_parameters())
+            write_json(folder / "run.json", {"run": run.run_id, "weights": weights.source})
+            _write_history(folder / "history.csv", state.history)
+        for name in ("model.keras", "facts.json", "history.csv"):
+            run.log_file(config.output / name, "model")
+    state.remove()
+    logger.info("trained in %.0f s: %s", time.monotonic() - started, config.output)
+    return config.output / "model.keras"
+
+
+def _train(
+    config: FitConfig,
+    model: keras.Model,
+    train: ScanSet,
+    valid: ScanSet,
+    state: ResumableState,
+    run: Run,
+    on_gpu: bool,
+) -> None:
+    """Both phases; leaves in `model` the weights of the lowest validation loss."""
+    cached = config.frozen_layers == "cached" or (config.frozen_layers == "auto" and not on_gpu)
+    gather: Gather
+    train_input: npt.NDArray[Any]
+    valid_input: npt.NDArray[Any]
+    if cached:
+        entrance = config.first_trained_block
+        copies, valid_input = _cached_inputs(config, model, train, valid)
+        train_input = copies[0]
+        gather = gather_copies(copies)
+    else:
+        entrance = 1
+        train_input, valid_input = train.pixels, valid.pixels
+        gather = gather_augmented(train.pixels, config.limits(), config.seed)
+    num_classes = len(train.names)
+    if not state.history:
+        features = predict(pooled_features(model, entrance), train_input, "phase one: features")
+        fit_head(model, features, train.labels, config.head_regularisation)
+        logger.info("phase one: head fitted on %d scans", len(train))
+    twin = trainable_twin(model, config, on_gpu)
+    trainer = logits_from(twin, entrance, config.dropout)
+    compile_trainer(trainer, config.learning_rate)
+    weight = class_weights(train.labels, num_classes, config.class_weighting)[train.labels]
+    targets = smoothed_targets(train.labels, num_classes, config.label_smoothing)
+    state.restore(trainer)
+    if not state.history:
+        state.record(trainer, {"epoch": 0} | _scores(trainer, valid_input, valid.labels))
+        run.log_metrics(state.history[-1], step=0)
+    epochs = config.epochs if config.first_trained_block < 6 else 0
+    while state.epoch < epochs and state.epochs_without_gain() < config.patience:
+        epoch = state.epoch + 1
+        batches = epoch_batches(
+            gather, targets, weight, epoch, batch_size=config.batch_size, seed=config.seed
+        )
+        logger.info("phase two: epoch %d of at most %d", epoch, epochs)
+        loss = trainer.fit(batches, shuffle=False, verbose="auto" if sys.stderr.isatty() else 0)
+        row = {"epoch": epoch, "loss": float(loss.history["loss"][0])}
+        row |= _scores(trainer, valid_input, valid.labels)
+        state.record(trainer, row)
+        run.log_metrics(row, step=epoch)
+        logger.info(
+            "loss %.3f, validation loss %.3f, validation accuracy %.3f",
+            row["loss"], row["valid_loss"], row["valid_accuracy"],
+        )  # fmt: skip
+    state.restore(trainer, best=True)
+    model.set_weights(twin.get_weights())
+
+
+def _cached_inputs(
+    config: FitConfig, model: keras.Model, train: ScanSet, valid: ScanSet
+) -> tuple[list[Activations], Activations]:
+    prefix = frozen_prefix(model, config.first_trained_block)
+    folder = config.cache / "activations"
+    copies = [
+        cached_activations(
+            prefix,
+            augmented_copy(train.pixels, copy, config.limits(), config.seed),
+            folder,
+            f"frozen layers, copy {copy} of {config.augmented_copies}",
+        )
+        for copy in range(config.augmented_copies + 1)
+    ]
+    return copies, cached_activations(prefix, valid.pixels, folder, "frozen layers, validation")
+
+
+def gather_copies(copies: list[Activations]) -> Gather:
+    """Reads training input from cached copies; epoch n takes copy n modulo their number."""
+
+    def gather(indices: Indices, epoch: int) -> npt.NDArray[Any]:
+        return copies[epoch % len(copies)][np.sort(indices)][np.argsort(np.argsort(indices))]
+
+    return gather
+
+
+def gather_augmented(scans: Scan, limits: Augmentation, seed: int) -> Gather:
+    """Augments scans, uint8 (N, 224, 224, 1), anew in each epoch."""
+
+    def gather(indices: Indices, epoch: int) -> npt.NDArray[Any]:
+        return np.stack(
+            [
+                augment(scans[index], limits, np.random.default_rng((seed, epoch, index)))
+                for index in indices.tolist()
+            ]
+        )
+
+    return gather
+
+
+def epoch_batches(
+    gather: Gather,
+    targets: Floats,
+    weight: Floats,
+    epoch: int,
+    *,
+    batch_size: int,
+    seed: int,
+) -> Any:
+    """One epoch for `keras.Model.fit`: (input, targets (B, C), sample weights (B,)) a batch.
+
+    The order depends on seed and epoch alone, so that a resumed run sees what an uninterrupted
+    one would have seen.
+    """
+    import keras
+
+    order = np.random.default_rng((seed, epoch)).permutation(len(targets))
+
+    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return math.ceil(len(order) / batch_size)
+
+        def __getitem__(self, index: int) -> tuple[Any, Any, Any]:
+            chosen = order[index * batch_size : (index + 1) * batch_size]
+            return gather(chosen, epoch), targets[chosen], weight[chosen]
+
+    return Batches(workers=1)
+
+
+def fit_head(
+    model: keras.Model, features: Floats, labels: npt.NDArray[np.int64], inverse_strength: float
+) -> None:
+    """Fit the 1x1-convolution head on pooled features, float32 (N, 512), and write it in place.
+
+    The head is linear and averaging commutes with it, so this is a multinomial logistic
+    regression: convex, solved to its optimum without a learning rate. Features are standardised
+    for the solver and the standardisation is folded into kernel and bias.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-3
+    solver = LogisticRegression(C=inverse_strength, class_weight="balanced", max_iter=5000)
+    solver.fit((features - mean) / scale, labels)
+    kernel, bias = solver.coef_.T, solver.intercept_
+    if kernel.shape[1] == 1:  # two classes: scikit-learn gives the evidence of the second alone
+        kernel, bias = np.hstack([-kernel / 2, kernel / 2]), np.array([-bias[0] / 2, bias[0] / 2])
+    kernel = kernel / scale[:, np.newaxis]
+    bias = bias - mean @ kernel
+    model.get_layer("activation_map").set_weights(
+        [kernel[np.newaxis, np.newaxis].astype(np.float32), bias.astype(np.float32)]
+    )
+
+
+def head_logits(model: keras.Model, features: Floats) -> Floats:
+    """Logits float32 (N, C) of pooled features (N, 512)."""
+    kernel, bias = model.get_layer("activation_map").get_weights()
+    return (features @ kernel[0, 0] + bias).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def trainable_twin(model: keras.Model, config: FitConfig, on_gpu: bool) -> keras.Model:
+    """A copy of `model` whose early blocks are frozen, spread over all GPUs where there are any.
+
+    On GPUs its convolutions compute in float16 if the config says so; `model` stays float32.
+    """
+    import keras
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy() if on_gpu else tf.distribute.get_strategy()
+    before = keras.config.dtype_policy()
+    with strategy.scope():
+        try:
+            if on_gpu and config.mixed_precision:
+                keras.config.set_dtype_policy("mixed_float16")
+            twin = build_classifier(model.output["probabilities"].shape[-1])
+        finally:
+            keras.config.set_dtype_policy(before)
+    twin.set_weights(model.get_weights())
+    for layer in twin.layers:
+        if layer.name.startswith("block"):
+            layer.trainable = int(layer.name[5]) >= config.first_trained_block
+    return twin
+
+
+def compile_trainer(trainer: keras.Model, learning_rate: float) -> None:
+    """Make `trainer`, which gives logits, ready for `fit`."""
+    import keras
+
+    trainer.compile(
+        optimizer=keras.optimizers.Adam(learning_rate),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    # Without its variables the optimizer of an untrained model could not be restored later.
+    trainer.optimizer.build(trainer.trainable_variables)
+
+
+def class_weights(labels: npt.NDArray[np.int64], num_classes: int, power: float) -> Floats:
+    """float32 (C,), inverse class frequencies to `power`, with mean 1 over the scans."""
+    frequencies = np.bincount(labels, minlength=num_classes) / len(labels)
+    weights = frequencies**-power
+    return (weights / (weights @ frequencies)).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def smoothed_targets(labels: npt.NDArray[np.int64], num_classes: int, smoothing: float) -> Floats:
+    """float32 (N, C), 1 - smoothing for the label and the rest spread (Szegedy et al. 2016)."""
+    hard = np.eye(num_classes, dtype=np.float32)[labels]
+    return hard * np.float32(1 - smoothing) + np.float32(smoothing / num_classes)
+
+
+def predict(model: keras.Model, inputs: npt.NDArray[Any], title: str) -> Floats:
+    """Output float32 of `model` for all `inputs`, with a progress bar."""
+    outputs = []
+    for start in tqdm(range(0, len(inputs), 16), title, unit="batch", disable=None):
+        outputs.append(np.asarray(model.predict_on_batch(inputs[start : start + 16])))
+    return np.concatenate(outputs).astype(np.float32)
+
+
+def _scores(
+    trainer: keras.Model, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int64]
+) -> dict[str, float]:
+    logits = predict(trainer, inputs, "validation")
+    probabilities = softmax(logits)
+    right = probabilities.argmax(axis=1) == labels
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return {
+        "valid_loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+        "valid_accuracy": float(right.mean()),
+        "valid_balanced_accuracy": float(
+            np.mean([right[labels == label].mean() for label in np.unique(labels)])
+        ),
+    }
+
+
+class ResumableState:
+    """Where a training stands: its epochs, its last and its best weights, on disk.
+
+    The folder is named by a hash of everything that decides the result, so another config, other
+    data or other weights never go on from here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.run_id: str | None = None
+        self.history: list[dict[str, float]] = []
+
+    @classmethod
+    def find(
+        cls, config: FitConfig, train: ScanSet, valid: ScanSet, weights_sha256: str
+    ) -> ResumableState:
+        """The state that belongs to these inputs, empty where no training was interrupted."""
+        settings = {k: v for k, v in _plain(config).items() if k not in ("output", "cache")}
+        key = json.dumps([settings, train.sha256, valid.sha256, weights_sha256], sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        state = cls(config.cache / "fit" / name)
+        file = state._folder / "state.json"
+        if file.is_file():
+            stored = json.loads(file.read_text())
+            state.run_id, state.history = stored["run"], stored["history"]
+            logger.info("an interrupted training is resumed after epoch %d", state.epoch)
+        return state
+
+    @property
+    def epoch(self) -> int:
+        """Epochs of phase two that are done."""
+        return len(self.history) - 1 if self.history else 0
+
+    def epochs_without_gain(self) -> int:
+        """Epochs since the one with the lowest validation loss."""
+        return len(self.history) - 1 - self._best()
+
+    def begin(self, run_id: str) -> None:
+        """Remember which run this training belongs to."""
+        self.run_id = run_id
+        self._write()
+
+    def record(self, trainer: keras.Model, row: dict[str, float]) -> None:
+        """Store the weights and the scores of the epoch that has ended."""
+        self.history.append(row)
+        trainer.save_weights(self._weights(len(self.history) - 1))
+        self._write()
+        keep = {self._weights(len(self.history) - 1), self._weights(self._best())}
+        for file in self._folder.glob("*.weights.h5"):
+            if file not in keep:
+                file.unlink()
+
+    def restore(self, trainer: keras.Model, best: bool = False) -> None:
+        """Load the last weights, or the best ones, optimizer state included."""
+        if self.history:
+            trainer.load_weights(self._weights(self._best() if best else len(self.history) - 1))
+
+    def remove(self) -> None:
+        """Forget this training: it is finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _best(self) -> int:
+        return int(np.argmin([row["valid_loss"] for row in self.history]))
+
+    def _weights(self, epoch: int) -> Path:
+        return self._folder / f"epoch-{epoch:04d}.weights.h5"
+
+    def _write(self) -> None:
+        write_json(self._folder / "state.json", {"run": self.run_id, "history": self.history})
+
+
+def _plain(config: FitConfig) -> dict[str, Any]:
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    columns = ["epoch", "loss", "valid_loss", "valid_accuracy", "valid_balanced_accuracy"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tune VGG-16 on the scans of a split file."""
+    parser = argparse.ArgumentParser(prog="python -m training.fit", description=main.__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"))
+    parser.add_argument("--scans", type=Path, help="instead of the config's")
+    parser.add_argument("--split", type=Path, help="instead of the config's")
+    parser.add_argument("--output", type=Path, help="instead of the config's")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        config = load_config(FitConfig, arguments.config)
+        given = {key: getattr(arguments, key) for key in ("scans", "split", "output")}
+        fit(dataclasses.replace(config, **{key: path for key, path in given.items() if path}))
+    except (ValueError, OSError, ChestCTError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again to go on from the last epoch\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

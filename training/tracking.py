@@ -1,0 +1,142 @@
+"""Every run in MLflow: parameters, metrics by epoch, files, and no run left open.
+
+`MLFLOW_TRACKING_URI` names the server (DagsHub or any other; its credentials come from
+`MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`). Without it the runs go into the file
+`mlflow.db` of the current folder: `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows them.
+MLflow's TensorFlow flavour is not used: it does not read Keras 3 models back. The `.keras` and
+ONNX files are plain artifacts instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT = "chestct"
+LOCAL_STORE = "sqlite:///mlflow.db"
+
+
+class Run:
+    """One open MLflow run.
+
+    Attributes:
+        run_id: MLflow's identifier, the `run` that outputs of the served model carry.
+    """
+
+    def __init__(self, mlflow: Any, run_id: str) -> None:
+        self._mlflow = mlflow
+        self.run_id = run_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters; a value that differs from one recorded before is an error."""
+        self._mlflow.log_params(dict(params))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers, by epoch where `step` is given."""
+        self._mlflow.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """Store a file, or a folder with all in it, as an artifact."""
+        store = self._mlflow.log_artifacts if path.is_dir() else self._mlflow.log_artifact
+        store(str(path), folder or None)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Record tags."""
+        self._mlflow.set_tags(dict(tags))
+
+
+@contextmanager
+def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
+    """An MLflow run that ends FINISHED, FAILED after an error, or KILLED after Ctrl-C.
+
+    Args:
+        name: Name of a new run.
+        run_id: A run to go on with; where the store does not know it, a new run is begun.
+
+    Raises:
+        ValueError: The tracking server cannot be reached or refuses.
+    """
+    # Nothing is sent to MLflow's makers, and an unreachable server is said within seconds.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    address = os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
+    try:
+        mlflow.set_tracking_uri(address)
+        mlflow.set_experiment(EXPERIMENT)
+        if run_id is not None:
+            try:
+                mlflow.get_run(run_id)
+            except MlflowException:
+                logger.warning("run %s is not in %s: a new one begins", run_id, address)
+                run_id = None
+        active = mlflow.start_run(run_id=run_id, run_name=name)
+    except MlflowException as error:
+        raise ValueError(
+            f"MLflow at {address} does not answer as expected: {error}; check "
+            "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or unset "
+            "them to use the local store"
+        ) from error
+    status = "FAILED"
+    try:
+        run = Run(mlflow, active.info.run_id)
+        run.set_tags({"git_commit": git_commit()})
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def git_commit() -> str:
+    """The commit of the checkout, with `-dirty` where files differ from it; `unknown` outside."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Store files in the run that a training wrote down."""
+    parser = argparse.ArgumentParser(prog="python -m training.tracking", description=main.__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="files or folders to store")
+    parser.add_argument(
+        "--run", type=Path, default=Path("results/train/run.json"), help="default: %(default)s"
+    )
+    parser.add_argument("--folder", default="", help="folder among the artifacts")
+    arguments = parser.parse_args(argv)
+    missing = [str(path) for path in (arguments.run, *arguments.files) if not path.exists()]
+    if missing:
+        sys.stderr.write(f"error: no such file: {', '.join(missing)}\n")
+        return 1
+    try:
+        recorded = json.loads(arguments.run.read_text())
+        with tracked_run("artifacts", recorded["run"]) as run:
+            for file in arguments.files:
+                run.log_file(file, arguments.folder)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
