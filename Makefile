@@ -1,0 +1,83 @@
+# Every command of this project. `make` alone lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The server's wheel exists for Python 3.11 and 3.12 with numpy < 2, so the project keeps to these.
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print("$(p)")' 2>/dev/null)))
+# onnxruntime-gpu, CUDA and TensorRT where an NVIDIA driver answers.
+DEVICE := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PIP := -m pip install --quiet --disable-pip-version-check --no-input
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --no-annotate
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_ENABLE_ONEDNN_OPTS ?= 1
+export DVC_NO_ANALYTICS := true
+export DATA
+
+.PHONY: help
+help:  ## List the commands
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: environments
+environments: .venv/.installed .venv-triton/.installed  ## Build the two Python environments
+
+.venv/.installed: locks/$(DEVICE).txt client/pyproject.toml
+	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed; name one with make PYTHON=/path/to/python3.12))
+	@echo "building .venv for $(DEVICE): TensorFlow, MLflow, DVC and the rest, one to five minutes" >&2
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python $(PIP) --require-hashes -r locks/$(DEVICE).txt
+	@.venv/bin/python $(PIP) --no-deps --no-build-isolation -e ./client
+	@touch $@
+
+.venv-triton/.installed: serving/requirements.txt
+	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed; name one with make PYTHON=/path/to/python3.12))
+	@echo "building .venv-triton: the Triton server, half a minute" >&2
+	@$(PYTHON) -m venv .venv-triton
+	@.venv-triton/bin/python $(PIP) --no-deps --require-hashes -r serving/requirements.txt
+	@touch $@
+
+.PHONY: demo
+demo:  ## Phantom scans, training, export, a real Triton, classification, latency table
+	@$(MAKE) pipeline DATA=phantom
+	@python -m benchmarks.demo
+
+.PHONY: pipeline
+pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
+	@change=$$(python -m training.ingest --changed); \
+	if [ "$$change" = changed ]; then dvc repro --force --single-item ingest; fi
+	@dvc repro
+
+.PHONY: test
+test: environments  ## The whole test suite
+	@python -m pytest
+
+.PHONY: check
+check: environments  ## Linters and types
+	@ruff check .
+	@ruff format --check .
+	@mypy client/src training export benchmarks serving
+	@shellcheck .ci/run
+
+.PHONY: serve
+serve: environments  ## Triton on model_repository, ports 8000 to 8002 of 127.0.0.1
+	@python -m serving.local --repository model_repository
+
+.PHONY: bench
+bench: environments  ## Every benchmark, into results/benchmark
+	@python -m benchmarks.latency --output results/benchmark/latency.json
+	@python -m benchmarks.training --output results/benchmark/training.json
+
+.PHONY: locks
+locks: environments  ## Resolve the hashed lock files anew
+	@$(LOCK) pyproject.toml --extra client --extra train --extra export --extra bench --extra dev --extra cpu --output-file locks/cpu.txt
+	@$(LOCK) pyproject.toml --extra client --extra train --extra export --extra bench --extra dev --extra gpu --output-file locks/gpu.txt
+	@$(LOCK) serving/requirements.in --no-deps --output-file serving/requirements.txt
+
+.PHONY: clean
+clean:  ## Remove results, caches and environments; data/ and model_repository/ stay
+	@rm -rf results .cache .dvc/cache .dvc/tmp .venv .venv-triton

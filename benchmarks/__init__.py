@@ -1,0 +1,1 @@
+"""What the rooms cost and what they give, measured side by side."""

@@ -1,0 +1,133 @@
+"""What the cached activations save: an epoch of fine-tuning with and without them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.environment import environment
+from chestct.errors import ChestCTError
+from training.config import load_config
+from training.features import cached_activations
+from training.files import write_json
+from training.fit import (
+    FitConfig,
+    compile_trainer,
+    epoch_batches,
+    gather_augmented,
+    gather_copies,
+    smoothed_targets,
+    trainable_twin,
+)
+from training.model import build_classifier, frozen_prefix, logits_from
+from training.scans import read_split
+from training.weights import load_backbone_weights
+
+logger = logging.getLogger(__name__)
+
+
+def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
+    """Seconds of an epoch: plain `model.fit` on scans against the same on cached activations.
+
+    Both train the same layers of the same network on the same scans, in turns, after an untimed
+    epoch each. The one-off cost of filling the cache is measured as well, so that the whole
+    training can be compared: `epochs * plain` against `copies * fill + epochs * cached`.
+
+    Args:
+        config: Of `training.fit`; its split, block, batch size and epochs are used.
+        num_scans: At most so many training scans, evenly spread.
+        repeats: Timed epochs of each.
+
+    Raises:
+        ValueError: The split or the weights cannot be used.
+    """
+    train = read_split(config.scans, config.split, config.window())["train"]
+    chosen = np.unique(np.linspace(0, len(train) - 1, min(num_scans, len(train))).astype(int))
+    pixels, labels = train.pixels[chosen], train.labels[chosen]
+    model = build_classifier(len(train.names))
+    load_backbone_weights(model, config.weights)
+    twin = trainable_twin(model, config, on_gpu=False)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        prefix = frozen_prefix(twin, config.first_trained_block)
+        activations = cached_activations(prefix, pixels, Path(folder), "fill the cache")
+        fill_s = time.perf_counter() - started
+        ways = {
+            "plain": (
+                logits_from(twin, 1, config.dropout),
+                gather_augmented(pixels, config.limits(), config.seed),
+            ),
+            "cached": (
+                logits_from(twin, config.first_trained_block, config.dropout),
+                gather_copies([activations]),
+            ),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for trainer, _ in ways.values():
+            compile_trainer(trainer, config.learning_rate)
+        targets = smoothed_targets(labels, len(train.names), config.label_smoothing)
+        weight = np.ones(len(labels), np.float32)
+        for epoch in range(repeats + 1):
+            for name, (trainer, gather) in ways.items():
+                batches = epoch_batches(
+                    gather, targets, weight, epoch, batch_size=config.batch_size, seed=config.seed
+                )
+                started = time.perf_counter()
+                trainer.fit(batches, shuffle=False, verbose=0)
+                if epoch:
+                    times[name].append(time.perf_counter() - started)
+                logger.info("%s, epoch %d: %.1f s", name, epoch, time.perf_counter() - started)
+    plain_s, cached_s = (statistics.median(times[name]) for name in ("plain", "cached"))
+    copies = config.augmented_copies + 1
+    total_plain_s = config.epochs * plain_s
+    total_cached_s = copies * fill_s + config.epochs * cached_s
+    return {
+        "environment": environment(),
+        "method": f"{repeats} timed epochs each, in turns, after one untimed; medians",
+        "scans": len(labels),
+        "first_trained_block": config.first_trained_block,
+        "plain_epoch_s": round(plain_s, 2),
+        "cached_epoch_s": round(cached_s, 2),
+        "fill_one_copy_s": round(fill_s, 2),
+        "epoch_speed_up": round(plain_s / cached_s, 2),
+        "epochs": config.epochs,
+        "copies": copies,
+        "training_speed_up": round(total_plain_s / total_cached_s, 2),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the speed-up of fine-tuning on cached activations."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=main.__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"))
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    parser.add_argument("--num-scans", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        config = load_config(FitConfig, arguments.config)
+        result = measure(config, arguments.num_scans, arguments.repeats)
+        write_json(arguments.output, result)
+    except (ValueError, OSError, ChestCTError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(
+        f"an epoch on {result['scans']} scans: plain {result['plain_epoch_s']} s, cached "
+        f"{result['cached_epoch_s']} s, {result['epoch_speed_up']} times faster; "
+        f"{result['epochs']} epochs with the cost of the cache: "
+        f"{result['training_speed_up']} times\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
