@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import statistics
 import sys
@@ -212,6 +213,7 @@ def shared_memory_infer(grpc_url: str, facts: ModelFacts, max_batch: int) -> Ite
 
     from chestct.contract import OUTPUT_NAMES, SCAN_SHAPE, output_specs
 
+    source, target = (f"chestct_{os.getpid()}_{end}" for end in ("scan", "answer"))
     client = triton.InferenceServerClient(grpc_url.removeprefix("grpc://"))
     scan_bytes = max_batch * int(np.prod(SCAN_SHAPE))
     shapes = {spec.name: spec.shape[1:] for spec in output_specs(len(facts.labels))}
@@ -219,28 +221,28 @@ def shared_memory_infer(grpc_url: str, facts: ModelFacts, max_batch: int) -> Ite
     total = sum(sizes.values())
     regions = {
         name: shm.create_shared_memory_region(name, f"/{name}", size)
-        for name, size in (("chestct_bench_in", scan_bytes), ("chestct_bench_out", total))
+        for name, size in ((source, scan_bytes), (target, total))
     }
     try:
-        client.register_system_shared_memory("chestct_bench_in", "/chestct_bench_in", scan_bytes)
-        client.register_system_shared_memory("chestct_bench_out", "/chestct_bench_out", total)
+        client.register_system_shared_memory(source, f"/{source}", scan_bytes)
+        client.register_system_shared_memory(target, f"/{target}", total)
 
         def infer(scans: Scans) -> dict[str, npt.NDArray[np.float32]]:
-            shm.set_shared_memory_region(regions["chestct_bench_in"], [scans])
+            shm.set_shared_memory_region(regions[source], [scans])
             scan = triton.InferInput(INPUT_NAME, scans.shape, "UINT8")
-            scan.set_shared_memory("chestct_bench_in", scans.nbytes)
+            scan.set_shared_memory(source, scans.nbytes)
             requested, offsets, offset = [], {}, 0
             for name in OUTPUT_NAMES:
                 output = triton.InferRequestedOutput(name)
                 size = 4 * len(scans) * int(np.prod(shapes[name]))
-                output.set_shared_memory("chestct_bench_out", size, offset)
+                output.set_shared_memory(target, size, offset)
                 requested.append(output)
                 offsets[name] = offset
                 offset += sizes[name]
             client.infer(MODEL_NAME, [scan], outputs=requested, client_timeout=60)
             return {
                 name: shm.get_contents_as_numpy(
-                    regions["chestct_bench_out"],
+                    regions[target],
                     np.float32,
                     (len(scans), *shapes[name]),
                     offsets[name],

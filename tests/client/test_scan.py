@@ -495,7 +495,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions bind, not root")
 def test_no_permission(tmp_path: Path) -> None:
     path = tmp_path / "secret.png"
-    path.touch(mode=0)
+    path.write_bytes(dicom_bytes(hu_slice()))
+    path.chmod(0)
     with pytest.raises(ScanDecodeError, match="cannot be read: permission denied"):
         load_scan(path)
 
