@@ -31,7 +31,7 @@ def classify(url: str, scans: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: The command failed or a scan could not be read.
     """
-    chestct = Path(sys.executable).with_name("chestct")
+    chestct = str(Path(sys.executable).with_name("chestct"))
     command = [chestct, "classify", str(scans), "--url", url, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1800)
     if done.returncode not in (0, 1):

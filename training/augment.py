@@ -22,15 +22,16 @@ class Augmentation:
         rotation_deg: Rotation either way, in degrees; tilt on the table is rarely more than 10.
         shift: Shift along each axis either way, as a fraction of the side.
         scale: Zoom in or out, as a fraction.
-        contrast: Factor on the grey values, 1 +- this.
-        brightness: Offset on the grey values, as a fraction of 255; other windows look like it.
+        contrast: Factor on the grey values, 1 +- this. This and the next are wide on purpose: screen
+            grabs come in many windows, and the grey level must not tell the class.
+        brightness: Offset on the grey values, as a fraction of 255.
     """
 
-    rotation_deg: float = 8.0
-    shift: float = 0.05
-    scale: float = 0.10
-    contrast: float = 0.15
-    brightness: float = 0.08
+    rotation_deg: float = 10.0
+    shift: float = 0.06
+    scale: float = 0.15
+    contrast: float = 0.40
+    brightness: float = 0.20
 
 
 def augment(scan: Scan, limits: Augmentation, rng: np.random.Generator) -> Scan:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,14 +264,15 @@ def _write_predictions(path: Path, test: ScanSet, probabilities: Floats) -> None
 def _plot(folder: Path, answers: dict[str, Any], test: ScanSet, probabilities: Floats) -> None:
     from matplotlib.figure import Figure
 
-    drawings = {
+    drawings: dict[str, Callable[[Axes], None]] = {
         "confusion": lambda axes: _draw_confusion(axes, answers["model"]["confusion"], test.names),
         "roc": lambda axes: _draw_roc(axes, test, probabilities),
         "reliability": lambda axes: _draw_reliability(axes, answers["reliability"]),
     }
     for name, draw in drawings.items():
         figure = Figure(figsize=(6, 5), layout="constrained")
-        draw(figure.add_subplot())
+        axes: Axes = figure.add_subplot()
+        draw(axes)
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 

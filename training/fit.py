@@ -71,7 +71,8 @@ class FitConfig:
         epochs: At most so many epochs in phase two.
         patience: Phase two stops after so many epochs without a lower validation loss.
         batch_size: Scans a step.
-        learning_rate: Adam's; small, because the kernels are nearly right already.
+        learning_rate: Adam's in the first epoch, then along half a cosine; small, because the
+            kernels are nearly right already.
         head_regularisation: Inverse strength C of the logistic regression of phase one.
         dropout: Fraction of feature channels dropped in phase two.
         class_weighting: 0 counts every scan alike, 1 gives every class the same total weight, and
@@ -95,15 +96,15 @@ class FitConfig:
     cache: Path = Path(".cache")
     weights: str = "auto"
     first_trained_block: int = 5
-    epochs: int = 16
-    patience: int = 6
+    epochs: int = 24
+    patience: int = 8
     batch_size: int = 16
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-5
     head_regularisation: float = 0.1
     dropout: float = 0.3
     class_weighting: float = 0.5
     label_smoothing: float = 0.05
-    augmented_copies: int = 3
+    augmented_copies: int = 5
     augmentation: dict[str, float] = field(default_factory=dict)
     frozen_layers: str = "auto"
     mixed_precision: bool = True
@@ -263,6 +264,7 @@ def _train(
             gather, targets, weight, epoch, batch_size=config.batch_size, seed=config.seed
         )
         logger.info("phase two: epoch %d of at most %d", epoch, epochs)
+        trainer.optimizer.learning_rate = config.learning_rate * cosine_decay(epoch, epochs)
         loss = trainer.fit(batches, shuffle=False, verbose="auto" if sys.stderr.isatty() else 0)
         row = {"epoch": epoch, "loss": float(loss.history["loss"][0])}
         row |= _scores(trainer, valid_input, valid.labels)
@@ -410,6 +412,14 @@ def compile_trainer(trainer: keras.Model, learning_rate: float) -> None:
     )
     # Without its variables the optimizer of an untrained model could not be restored later.
     trainer.optimizer.build(trainer.trainable_variables)
+
+
+def cosine_decay(epoch: int, epochs: int) -> float:
+    """Factor of the learning rate in `epoch`, from 1 in the first down to nearly 0 in the last.
+
+    Half a cosine (Loshchilov and Hutter 2017, equation 5), a step an epoch.
+    """
+    return 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
 def class_weights(labels: npt.NDArray[np.int64], num_classes: int, power: float) -> Floats:

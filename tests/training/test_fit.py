@@ -15,6 +15,7 @@ from training.fit import (
     FitConfig,
     class_weights,
     compile_trainer,
+    cosine_decay,
     epoch_batches,
     fit,
     fit_head,
@@ -166,6 +167,12 @@ def test_head_of_two_classes():
     model = build_classifier(2)
     fit_head(model, features, labels, 0.1)
     assert (head_logits(model, features).argmax(axis=1) == labels).all()
+
+
+def test_learning_rate_falls_along_half_a_cosine():
+    assert cosine_decay(1, 10) == 1
+    assert cosine_decay(6, 10) == pytest.approx(0.5)
+    assert 0 < cosine_decay(10, 10) < 0.05
 
 
 def test_class_weights_by_hand():
