@@ -14,7 +14,7 @@ LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hash
 	--no-emit-index-url --no-header --no-annotate
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
 export DVC_NO_ANALYTICS := true
 export DATA
@@ -51,6 +51,12 @@ pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
 	@change=$$(python -m training.ingest --changed); \
 	if [ "$$change" = changed ]; then dvc repro --force --single-item ingest; fi
 	@dvc repro
+
+.PHONY: grouped
+grouped: environments  ## Train and score again with near duplicates and series kept on one side
+	@python -m training.split --config configs/split-grouped.yaml $(if $(GROUPS),--group-file $(GROUPS))
+	@python -m training.fit --split results/grouped/split/split.csv --output results/grouped/train
+	@python -m training.evaluate --config configs/evaluate-grouped.yaml
 
 .PHONY: test
 test: environments  ## The whole test suite

@@ -8,19 +8,18 @@ import logging
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE
-from chestct.errors import ChestCTError
-from chestct.scan import load_scan
-from export.parity import Tolerance, compare, keras_runner, triton_runner
+from export.parity import ParityReport, Tolerance, compare, keras_runner, triton_runner
 from serving.local import LocalTriton, LocalTritonError
-from training.files import write_json
+from training.command import run_command
+from training.files import replaced, write_json
 from training.model import load_trained
+from training.scans import load_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -59,65 +58,90 @@ def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -
     )
 
 
-def run(scans: Path, output: Path) -> str:
-    """Serve the repository, classify `scans` over gRPC and HTTP, compare with Keras.
+@dataclass(frozen=True)
+class Served:
+    """What clients got for one folder: JSON lines over gRPC and HTTP, and parity with Keras."""
 
-    Args:
-        scans: Folder of test scans, `CLASS/*`.
-        output: Folder for the JSON lines and the parity report.
+    over_grpc: list[dict[str, Any]]
+    over_http: list[dict[str, Any]]
+    parity: ParityReport
+    labels: tuple[str, ...]
 
-    Returns:
-        What was done, in plain words.
+
+def serve_and_classify(scans: Path) -> Served:
+    """Start Triton on the published model and classify `scans` by both protocols.
 
     Raises:
-        ValueError: Nothing trained, or the answers of server and Keras differ.
+        ValueError: Nothing is trained, or the client failed.
+        serving.local.LocalTritonError: Triton does not start.
     """
-    model, _ = load_trained(Path("results/train"))
+    model, facts = load_trained(Path("results/train"))
     with LocalTriton(Path("model_repository")) as server:
         logger.info("Triton answers at %s and %s", server.grpc_url, server.http_url)
         over_grpc = classify(server.grpc_url, scans)
         over_http = classify(server.http_url, scans)
-        readable = [line for line in over_grpc if line["status"] == "ok"]
-        pixels = np.stack([load_scan(Path(line["path"])) for line in readable])
+        paths = [Path(line["path"]) for line in over_grpc if line["status"] == "ok"]
+        pixels = load_pixels(paths, "decode for Keras", facts.window)
         with ScanClient(server.grpc_url) as client:
-            report = compare(
+            parity = compare(
                 pixels,
                 ("keras", keras_runner(model)),
                 ("triton over gRPC", triton_runner(client)),
                 Tolerance(),
             )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "classified.jsonl").write_text("".join(json.dumps(x) + "\n" for x in over_grpc))
-    write_json(output / "parity.json", report.to_json())
-    if not report:
-        raise ValueError(report.in_words())
-    right = sum(line["label"] == Path(line["path"]).parent.name for line in readable)
+    return Served(over_grpc, over_http, parity, facts.labels)
+
+
+def in_words(served: Served, scans: Path) -> list[str]:
+    """What was served and classified, a sentence each."""
+    readable = [line for line in served.over_grpc if line["status"] == "ok"]
+    folders = [Path(line["path"]).parent.name for line in readable]
+    right = sum(line["label"] == folder for line, folder in zip(readable, folders, strict=True))
+    known = sum(folder in served.labels for folder in folders)
     outside = sum(not line["in_domain"] for line in readable)
-    labels = ", ".join(f"{n} {name}" for name, n in Counter(x["label"] for x in readable).items())
-    protocols = json.loads(Path("results/evaluate/scores.json").read_text())
-    scores = "; ".join(
-        f"{name}: accuracy {values['accuracy']} (always the commonest class: "
-        f"{values['majority_accuracy']}), macro AUROC {values.get('macro_auroc', '-')}, "
-        f"n = {values['n']}"
-        for name, values in protocols.items()
-    )
-    latency = Path("results/benchmark/latency.md").read_text()
-    return "\n".join(
-        [
-            "",
-            latency,
-            f"Trained:    VGG-16 on {json.loads(Path('data/ingest.json').read_text())['source']}; "
-            f"scores on the test split, {scores}.",
-            f"Served:     by a real Triton; {report.in_words()}.",
-            f"Classified: {len(readable)} scans of {scans} ({labels}), {right} as their folder "
-            f"says, {outside} out of domain, {len(over_grpc) - len(readable)} unreadable; gRPC and "
-            f"HTTP differ by at most {largest_difference(over_grpc, over_http):.0e}.",
-            f"Written:    {output / 'classified.jsonl'}, results/evaluate/report.md, "
-            "results/benchmark/latency.json.",
-            NOT_A_MEDICAL_DEVICE,
-            "",
-        ]
-    )
+    counts = Counter(line["label"] for line in readable)
+    labels = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    broken = len(served.over_grpc) - len(readable)
+    difference = largest_difference(served.over_grpc, served.over_http)
+    return [
+        f"Served:     by a real Triton; {served.parity.in_words()}.",
+        f"Classified: {len(readable)} scans of {scans}: {labels}; {right} of {known} as their "
+        f"folder says; {outside} out of domain; {broken} unreadable.",
+        f"Protocols:  gRPC and HTTP differ by at most {difference:.0e}.",
+    ]
+
+
+def pipeline_in_words() -> list[str]:
+    """What the pipeline left: latency table and scores, a sentence each."""
+    source = json.loads(Path("data/ingest.json").read_text())["source"]
+    lines = [Path("results/benchmark/latency.md").read_text()]
+    for name, values in json.loads(Path("results/evaluate/scores.json").read_text()).items():
+        lines.append(
+            f"Trained:    VGG-16 on {source}; {name} test split, n = {values['n']}: accuracy "
+            f"{values['accuracy']} (the commonest class alone: {values['majority_accuracy']}), "
+            f"macro AUROC {values.get('macro_auroc', 'undefined')}."
+        )
+    return lines
+
+
+def run(scans: Path, output: Path) -> str:
+    """Serve, classify `scans`, write lines and parity report into `output`; the result in words.
+
+    Raises:
+        ValueError: Nothing is trained, or the answers of server and Keras differ.
+        serving.local.LocalTritonError: Triton does not start.
+        OSError: The output cannot be written.
+    """
+    served = serve_and_classify(scans)
+    lines = output / "classified.jsonl"
+    with replaced(lines) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in served.over_grpc))
+    write_json(output / "parity.json", served.parity.to_json())
+    if not served.parity:
+        raise ValueError(served.parity.in_words())
+    written = f"Written:    {lines}, results/evaluate/report.md, results/benchmark/latency.json."
+    said = [*pipeline_in_words(), *in_words(served, scans), written, NOT_A_MEDICAL_DEVICE]
+    return "\n" + "\n".join(said) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,13 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scans", type=Path, default=Path("data/scans/test"))
     parser.add_argument("--output", type=Path, default=Path("results/demo"))
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> None:
         sys.stdout.write(run(arguments.scans, arguments.output))
-    except (ValueError, OSError, ChestCTError, LocalTritonError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+
+    return run_command(work, errors=(LocalTritonError,))
 
 
 if __name__ == "__main__":

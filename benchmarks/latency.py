@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -24,10 +23,10 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from chestct.client import ScanClient
 from chestct.contract import INPUT_NAME, MODEL_NAME, ModelFacts
-from chestct.errors import ChestCTError
 from chestct.scan import list_scans, load_scan
 from export.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.model import load_trained
@@ -296,21 +295,18 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the latency of one request against the Keras baselines."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/latency.yaml"))
+    parser = command_parser("benchmarks.latency", main.__doc__, "configs/latency.yaml")
     parser.add_argument("--output", type=Path, required=True, help="JSON; a .md goes beside it")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> None:
         result = measure(load_config(LatencyConfig, arguments.config))
         write_json(arguments.output, result)
         with replaced(arguments.output.with_suffix(".md")) as temporary:
             temporary.write_text(markdown(result), encoding="utf-8")
-    except (ValueError, OSError, ChestCTError, LocalTritonError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(markdown(result))
-    return 0
+        sys.stdout.write(markdown(result))
+
+    return run_command(work, errors=(LocalTritonError,))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
-from chestct.errors import ChestCTError
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.features import cached_activations
 from training.files import write_json
@@ -106,27 +105,24 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the speed-up of fine-tuning on cached activations."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"))
+    parser = command_parser("benchmarks.training", main.__doc__, "configs/train.yaml")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
-    parser.add_argument("--num-scans", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--num-scans", type=int, default=128, help="most training scans")
+    parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> None:
         config = load_config(FitConfig, arguments.config)
         result = measure(config, arguments.num_scans, arguments.repeats)
         write_json(arguments.output, result)
-    except (ValueError, OSError, ChestCTError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(
-        f"an epoch on {result['scans']} scans: plain {result['plain_epoch_s']} s, cached "
-        f"{result['cached_epoch_s']} s, {result['epoch_speed_up']} times faster; "
-        f"{result['epochs']} epochs with the cost of the cache: "
-        f"{result['training_speed_up']} times\n"
-    )
-    return 0
+        sys.stdout.write(
+            f"an epoch on {result['scans']} scans: plain {result['plain_epoch_s']} s, cached "
+            f"{result['cached_epoch_s']} s, {result['epoch_speed_up']} times faster; "
+            f"{result['epochs']} epochs with the cost of the cache: "
+            f"{result['training_speed_up']} times\n"
+        )
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

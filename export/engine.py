@@ -7,7 +7,6 @@ and by Q/DQ nodes for INT8, and one way of building serves both.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from chestct.contract import INPUT_NAME, SCAN_SHAPE
 from export.onnx import sha256_of
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 
@@ -265,23 +265,21 @@ def _serialized(tensorrt: Any, onnx_bytes: bytes, config: EngineConfig) -> bytes
 
 def main(argv: list[str] | None = None) -> int:
     """Build a TensorRT plan; on a machine without a GPU say so and leave the ONNX to be served."""
-    parser = argparse.ArgumentParser(prog="python -m export.engine", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/engine.yaml"))
+    parser = command_parser("export.engine", main.__doc__, "configs/engine.yaml")
     parser.add_argument("--check", action="store_true", help="only say whether the plan fits")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> None:
         config = load_config(EngineConfig, arguments.config)
-        if arguments.check:
-            logger.info("the plan fits: %s", check_plan(config.output, config.onnx))
-        else:
-            logger.info("wrote %s: %s", config.output / "model.plan", build_plan(config))
-    except NoGpuError as error:
-        sys.stderr.write(f"no TensorRT plan: {error}. The ONNX model is served instead.\n")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+        try:
+            if arguments.check:
+                logger.info("the plan fits: %s", check_plan(config.output, config.onnx))
+            else:
+                logger.info("wrote %s: %s", config.output / "model.plan", build_plan(config))
+        except NoGpuError as error:
+            logger.warning("no TensorRT plan: %s. The ONNX model is served instead.", error)
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

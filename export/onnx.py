@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import sys
@@ -22,6 +21,7 @@ from chestct.contract import (
     output_specs,
     tensor_differences,
 )
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced
 from training.model import load_trained
@@ -68,6 +68,7 @@ def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> o
         outputs = model(scan, training=False)
         return {name: tf.identity(outputs[name], name=name) for name in OUTPUT_NAMES}
 
+    logging.getLogger("tf2onnx").setLevel(logging.WARNING)
     # from_function, because from_keras stumbles over reloaded Keras 3 models (tf2onnx 1.17).
     converted, _ = tf2onnx.convert.from_function(
         serve, input_signature=serve.input_signature, opset=opset
@@ -143,17 +144,13 @@ def write_onnx(config: OnnxConfig) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the trained model as ONNX."""
-    parser = argparse.ArgumentParser(prog="python -m export.onnx", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/export.yaml"))
+    parser = command_parser("export.onnx", main.__doc__, "configs/export.yaml")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("tf2onnx").setLevel(logging.WARNING)
-    try:
+
+    def work() -> None:
         write_onnx(load_config(OnnxConfig, arguments.config))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -17,9 +16,9 @@ from tqdm import tqdm
 
 from chestct.client import ScanClient
 from chestct.contract import INPUT_NAME, OUTPUT_NAMES
-from chestct.errors import ChestCTError
 from chestct.scan import list_scans, load_scan
 from export.onnx import sha256_of
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import write_json
 from training.model import load_trained
@@ -270,36 +269,47 @@ def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
     return np.stack([load_scan(paths[index]) for index in chosen])
 
 
+def check_parity(config: ParityConfig, url: str | None = None) -> ParityReport:
+    """Compare Keras with the ONNX file, or with the server at `url`, and write the report.
+
+    Raises:
+        ValueError: Model, file or scans are missing.
+        chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
+        OSError: The report cannot be written.
+    """
+    scans = spread_scans(config.scans, config.num_scans)
+    reference = ("keras", keras_runner(load_trained(config.model)[0]))
+    about = {}
+    if url:
+        with ScanClient(url) as client:
+            name = f"triton version {client.model_version}"
+            report = compare(scans, reference, (name, triton_runner(client)), Tolerance())
+    else:
+        about = {"onnx_sha256": sha256_of(config.onnx)}
+        candidate = ("onnxruntime", onnx_runner(config.onnx))
+        report = compare(scans, reference, candidate, Tolerance())
+    write_json(config.output, report.to_json() | about)
+    return report
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compare the trained Keras model with its ONNX file, or with what a server answers."""
-    parser = argparse.ArgumentParser(prog="python -m export.parity", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/parity.yaml"))
+    parser = command_parser("export.parity", main.__doc__, "configs/parity.yaml")
     parser.add_argument("--url", help="compare with the server at grpc://HOST:PORT or http://...")
     parser.add_argument("--scans", type=Path, help="instead of the config's")
     parser.add_argument("--num-scans", type=int, help="instead of the config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> int:
+        given = {key: getattr(arguments, key) for key in ("scans", "num_scans", "output")}
         config = load_config(ParityConfig, arguments.config)
-        scans = spread_scans(
-            arguments.scans or config.scans, arguments.num_scans or config.num_scans
-        )
-        reference = ("keras", keras_runner(load_trained(config.model)[0]))
-        if arguments.url:
-            with ScanClient(arguments.url) as client:
-                candidate = (f"triton {client.model_version}", triton_runner(client))
-                report = compare(scans, reference, candidate, Tolerance())
-        else:
-            candidate = ("onnxruntime", onnx_runner(config.onnx))
-            report = compare(scans, reference, candidate, Tolerance())
-        about = {} if arguments.url else {"onnx_sha256": sha256_of(config.onnx)}
-        write_json(arguments.output or config.output, report.to_json() | about)
-    except (ValueError, OSError, ChestCTError, json.JSONDecodeError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    logger.info("%s", report.in_words())
-    return 0 if report else 1
+        config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+        report = check_parity(config, arguments.url)
+        logger.info("%s", report.in_words())
+        return 0 if report else 1
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -15,8 +14,9 @@ from typing import Any
 
 from chestct.contract import MODEL_NAME, ModelFacts, input_spec, output_specs
 from export.onnx import contract_differences, sha256_of
+from training.command import command_parser, run_command
 from training.config import load_config
-from training.files import replaced, write_json
+from training.files import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -219,24 +219,18 @@ def _text(value: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Publish the exported model in Triton's model repository."""
-    parser = argparse.ArgumentParser(prog="python -m export.repository", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/publish.yaml"))
-    parser.add_argument("--record", type=Path, help="write the published version into this file")
+    parser = command_parser("export.repository", main.__doc__, "configs/publish.yaml")
     parser.add_argument("--roll-back", action="store_true", help="serve the version before again")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def work() -> None:
         config = load_config(RepositoryConfig, arguments.config)
         if arguments.roll_back:
-            version = roll_back(config.repository / config.name)
+            roll_back(config.repository / config.name)
         else:
-            version = write_repository(config)
-        if arguments.record:
-            write_json(arguments.record, {"model": config.name, "version": version})
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+            write_repository(config)
+
+    return run_command(work, interrupted="interrupted: the repository serves what it served")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ format, and the mean grey of the picture.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import sys
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
 from chestct.scan import load_grey
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.ingest import ScanFile, list_scan_folder, read_table
@@ -544,24 +544,14 @@ def write_audit(config: AuditConfig) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look for duplicates, label conflicts and shortcuts: `python -m training.audit`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.audit",
-        description=main.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/audit.yaml"))
+    """Look for duplicates, label conflicts and shortcuts."""
+    parser = command_parser("training.audit", main.__doc__, "configs/audit.yaml")
     arguments = parser.parse_args(argv)
-    try:
-        config = load_config(AuditConfig, arguments.config)
-        sys.stdout.write(report(write_audit(config)))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    return 0
+
+    def work() -> None:
+        sys.stdout.write(report(write_audit(load_config(AuditConfig, arguments.config))))
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

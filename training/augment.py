@@ -22,8 +22,8 @@ class Augmentation:
         rotation_deg: Rotation either way, in degrees; tilt on the table is rarely more than 10.
         shift: Shift along each axis either way, as a fraction of the side.
         scale: Zoom in or out, as a fraction.
-        contrast: Factor on the grey values, 1 +- this. This and the next are wide on purpose: screen
-            grabs come in many windows, and the grey level must not tell the class.
+        contrast: Factor on the grey values, 1 +- this. This and the next are wide on purpose:
+            screen grabs come in many windows, and the grey level must not tell the class.
         brightness: Offset on the grey values, as a fraction of 255.
     """
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from chestct.contract import ModelFacts
-from chestct.errors import ChestCTError
 from chestct.scan import list_scans
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.metrics import NORMAL, auroc, bootstrap_interval, reliability, score
@@ -310,18 +310,18 @@ def _draw_reliability(axes: Axes, bins: list[dict[str, float]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Score the trained model on its test split."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/evaluate.yaml"))
+    parser = command_parser("training.evaluate", main.__doc__, "configs/evaluate.yaml")
     parser.add_argument("--external", type=Path, help="folder CLASS/* of another source")
+    parser.add_argument("--output", type=Path, help="instead of the config's")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        metrics = evaluate(load_config(EvaluateConfig, arguments.config), arguments.external)
-    except (ValueError, OSError, ChestCTError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(report(metrics))
-    return 0
+
+    def work() -> None:
+        config = load_config(EvaluateConfig, arguments.config)
+        if arguments.output:
+            config = dataclasses.replace(config, output=arguments.output)
+        sys.stdout.write(report(evaluate(config, arguments.external)))
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def cached_activations(prefix: keras.Model, scans: Scan, folder: Path, title: st
     shape = (len(scans), *prefix.output_shape[1:])
     if file.is_file() and not progress.is_file():
         return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
+    logger.info("%s: %d scans", title, len(scans))
     done = int(progress.read_text() or 0) if progress.is_file() and file.is_file() else 0
     if done == 0:
         progress.write_text("0")

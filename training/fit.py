@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -23,7 +22,6 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from chestct.contract import LUNG_WINDOW, ModelFacts, Window
-from chestct.errors import ChestCTError
 from training.augment import Augmentation, Scan, augment
 from training.calibrate import (
     domain_distances,
@@ -32,6 +30,7 @@ from training.calibrate import (
     fit_temperature,
     softmax,
 )
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.features import Activations, augmented_copy, cached_activations
 from training.files import replaced, write_json
@@ -547,24 +546,19 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune VGG-16 on the scans of a split file."""
-    parser = argparse.ArgumentParser(prog="python -m training.fit", description=main.__doc__)
-    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"))
+    parser = command_parser("training.fit", main.__doc__, "configs/train.yaml")
     parser.add_argument("--scans", type=Path, help="instead of the config's")
     parser.add_argument("--split", type=Path, help="instead of the config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        config = load_config(FitConfig, arguments.config)
+
+    def work() -> None:
         given = {key: getattr(arguments, key) for key in ("scans", "split", "output")}
+        config = load_config(FitConfig, arguments.config)
         fit(dataclasses.replace(config, **{key: path for key, path in given.items() if path}))
-    except (ValueError, OSError, ChestCTError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run the same command again to go on from the last epoch\n")
-        return 130
-    return 0
+
+    again = "interrupted: run the same command again to go on from the last epoch"
+    return run_command(work, interrupted=again)
 
 
 if __name__ == "__main__":

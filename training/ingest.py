@@ -7,7 +7,6 @@ its reason. The same source gives the same bytes in both.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import http.client
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
 from chestct.scan import SCAN_SUFFIXES, load_grey
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.phantom import PhantomConfig, write_configured
@@ -684,13 +684,8 @@ def describe(table: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Bring scans into data/scans: `python -m training.ingest --source DIR`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.ingest",
-        description=main.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/ingest.yaml"))
+    """Bring scans into data/scans."""
+    parser = command_parser("training.ingest", main.__doc__, "configs/ingest.yaml")
     parser.add_argument(
         "--source",
         help="phantom, a folder, a .zip, an https address or a Google Drive link; else DATA, "
@@ -703,22 +698,18 @@ def main(argv: list[str] | None = None) -> int:
         help="only print 'changed' or 'unchanged': does the source differ from the last run?",
     )
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         config = load_config(IngestConfig, arguments.config)
         if arguments.sha256 is not None:
             config = dataclasses.replace(config, sha256=arguments.sha256)
         source = choose_source(arguments.source, os.environ, config)
         if arguments.changed:
             sys.stdout.write("changed\n" if has_changed(source, config) else "unchanged\n")
-            return 0
-        sys.stdout.write(describe(ingest(source, config)))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the scans of before are kept\n")
-        return 130
-    return 0
+        else:
+            sys.stdout.write(describe(ingest(source, config)))
+
+    return run_command(work, interrupted="interrupted: the scans of before are kept")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ attributes.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from chestct.contract import LUNG_WINDOW
 from chestct.scan import apply_window
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced
 from training.scans import SPLITS
@@ -805,29 +805,20 @@ def write_configured(folder: Path, config: PhantomConfig) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write a folder of phantoms: `python -m training.phantom --output DIR`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.phantom",
-        description=main.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Write a folder of phantoms."""
+    parser = command_parser("training.phantom", main.__doc__, "configs/phantom.yaml")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--config", type=Path, default=Path("configs/phantom.yaml"))
     parser.add_argument("--seed", type=int, help="instead of the config's seed")
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         config = load_config(PhantomConfig, arguments.config)
         if arguments.seed is not None:
             config = dataclasses.replace(config, seed=arguments.seed)
         count = write_configured(arguments.output, config)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing was written\n")
-        return 130
-    sys.stdout.write(f"{count} phantoms in {arguments.output}\n")
-    return 0
+        sys.stdout.write(f"{count} phantoms in {arguments.output}\n")
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

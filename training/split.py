@@ -7,8 +7,8 @@ of a group file) falls on two sides; the classes are spread as evenly as the gro
 
 from __future__ import annotations
 
-import argparse
 import csv
+import dataclasses
 import re
 import sys
 from collections import Counter
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.audit import group_equal, join_groups
+from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.ingest import ScanFile, list_scan_folder, read_table
@@ -328,23 +329,21 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Deal the scans into train, valid and test: `python -m training.split`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.split",
-        description=main.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/split.yaml"))
+    """Deal the scans into train, valid and test."""
+    parser = command_parser("training.split", main.__doc__, "configs/split.yaml")
+    parser.add_argument("--group-file", type=Path, help="instead of the config's")
+    parser.add_argument("--group-columns", nargs="+", help="instead of the config's")
     arguments = parser.parse_args(argv)
-    try:
-        sys.stdout.write(describe(write_split(load_config(SplitConfig, arguments.config))))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    return 0
+
+    def work() -> None:
+        config = load_config(SplitConfig, arguments.config)
+        if arguments.group_file:
+            config = dataclasses.replace(config, group_file=arguments.group_file)
+        if arguments.group_columns:
+            config = dataclasses.replace(config, group_columns=tuple(arguments.group_columns))
+        sys.stdout.write(describe(write_split(config)))
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

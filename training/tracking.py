@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from training.command import run_command
+
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "chestct"
@@ -123,19 +125,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--folder", default="", help="folder among the artifacts")
     arguments = parser.parse_args(argv)
-    missing = [str(path) for path in (arguments.run, *arguments.files) if not path.exists()]
-    if missing:
-        sys.stderr.write(f"error: no such file: {', '.join(missing)}\n")
-        return 1
-    try:
-        recorded = json.loads(arguments.run.read_text())
-        with tracked_run("artifacts", recorded["run"]) as run:
+
+    def work() -> None:
+        missing = [str(path) for path in (arguments.run, *arguments.files) if not path.exists()]
+        if missing:
+            raise ValueError(f"no such file: {', '.join(missing)}")
+        with tracked_run("artifacts", json.loads(arguments.run.read_text())["run"]) as run:
             for file in arguments.files:
                 run.log_file(file, arguments.folder)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,10 @@ def nvidia_smi(folder: Path, script: str) -> None:
     file.chmod(0o755)
 
 
-def test_without_a_gpu_it_says_so_and_exits_cleanly(no_driver, exported, tmp_path, capsys):
+def test_without_a_gpu_it_says_so_and_exits_cleanly(no_driver, exported, tmp_path, caplog):
     (tmp_path / "engine.yaml").write_text(f"onnx: {exported}\noutput: {tmp_path / 'engine'}\n")
     assert main(["--config", str(tmp_path / "engine.yaml")]) == 0
-    said = capsys.readouterr().err.strip()
-    assert said == (
+    assert caplog.messages[-1] == (
         "no TensorRT plan: no NVIDIA driver on this machine (nvidia-smi is not there). "
         "The ONNX model is served instead."
     )

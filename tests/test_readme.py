@@ -1,0 +1,53 @@
+"""The README names every command, and names no command that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+README = (CHECKOUT / "README.md").read_text()
+
+
+def commands() -> set[str]:
+    """Modules of the rooms that can be run with `python -m`."""
+    found = set()
+    for room in ("training", "export", "serving", "benchmarks"):
+        for file in (CHECKOUT / room).glob("*.py"):
+            if '__name__ == "__main__"' in file.read_text():
+                found.add(f"{room}.{file.stem}")
+    return found
+
+
+def test_every_module_that_runs_stands_in_the_readme():
+    shown = set(re.findall(r"python -m ([\w.]+)", README))
+    by_make = {"benchmarks.demo", "benchmarks.training"}  # make demo and make bench
+    assert len(commands()) >= 14
+    assert commands() - by_make <= shown
+    assert shown <= commands()
+
+
+def test_every_make_target_in_the_readme_exists():
+    targets = set(re.findall(r"^([a-z]+):.*  ##", (CHECKOUT / "Makefile").read_text(), re.M))
+    shown = set(re.findall(r"make ([a-z]+)", README))
+    assert shown <= targets
+    assert {"demo", "test", "pipeline", "serve", "bench"} <= shown
+
+
+def test_every_subcommand_of_the_client_is_shown():
+    import chestct.cli
+
+    text = Path(chestct.cli.__file__).read_text()
+    subcommands = set(re.findall(r'add_parser\(\s*"(\w+)"', text))
+    assert subcommands
+    for name in subcommands:
+        assert f"chestct {name}" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+?)\)", README):
+        assert (CHECKOUT / target).exists(), target
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
