@@ -72,7 +72,11 @@ class LatencyConfig:
 
 @dataclass
 class Timing:
-    """What was measured of one engine at one batch size; times in milliseconds a request."""
+    """What was measured of one engine at one batch size; times in milliseconds a request.
+
+    `server_ms` holds, for a server, each request's time in the queue, in computing, and the rest:
+    the wire, with what client and server do to put tensors on it.
+    """
 
     engine: str
     variant: str
@@ -85,9 +89,8 @@ class Timing:
         p50, p90, p99 = (float(q) for q in np.percentile(self.latency_ms, [50, 90, 99]))
         parts = {"decode": decode_ms * self.batch}
         if self.server_ms:
-            for part in ("queue", "compute"):
+            for part in ("queue", "compute", "wire"):
                 parts[part] = statistics.median(item[part] for item in self.server_ms)
-            parts["wire"] = max(0.0, p50 - parts["queue"] - parts["compute"])
         return {
             "engine": self.engine,
             "variant": self.variant,
@@ -182,9 +185,9 @@ def _run_rounds(
             timing.latency_ms.append((time.perf_counter_ns() - started) / 1e6)
             if before is not None:
                 after = _server_ns(http_url)
-                timing.server_ms.append(
-                    {part: (after[part] - before[part]) / 1e6 for part in before}
-                )
+                parts = {part: (after[part] - before[part]) / 1e6 for part in before}
+                parts["wire"] = timing.latency_ms[-1] - sum(parts.values())
+                timing.server_ms.append(parts)
             time.sleep(PAUSE_S)
 
 

@@ -228,7 +228,12 @@ def _train(
     run: Run,
     on_gpu: bool,
 ) -> None:
-    """Both phases; leaves in `model` the weights of the lowest validation loss."""
+    """Both phases, on all GPUs where there are any; leaves the best weights in `model`.
+
+    The best are those of the lowest validation loss.
+    """
+    import tensorflow as tf
+
     cached = config.frozen_layers == "cached" or (config.frozen_layers == "auto" and not on_gpu)
     gather: Gather
     train_input: npt.NDArray[Any]
@@ -247,9 +252,12 @@ def _train(
         features = predict(pooled_features(model, entrance), train_input, "phase one: features")
         fit_head(model, features, train.labels, config.head_regularisation)
         logger.info("phase one: head fitted on %d scans", len(train))
-    twin = trainable_twin(model, config, on_gpu)
-    trainer = logits_from(twin, entrance, config.dropout)
-    compile_trainer(trainer, config.learning_rate)
+    # Everything that holds variables must come to be within the strategy's scope.
+    strategy = tf.distribute.MirroredStrategy() if on_gpu else tf.distribute.get_strategy()
+    with strategy.scope():
+        twin = trainable_twin(model, config, half=on_gpu and config.mixed_precision)
+        trainer = logits_from(twin, entrance, config.dropout)
+        compile_trainer(trainer, config.learning_rate)
     weight = class_weights(train.labels, num_classes, config.class_weighting)[train.labels]
     targets = smoothed_targets(train.labels, num_classes, config.label_smoothing)
     state.restore(trainer)
@@ -376,23 +384,21 @@ def head_logits(model: keras.Model, features: Floats) -> Floats:
     return (features @ kernel[0, 0] + bias).astype(np.float32)  # type: ignore[no-any-return]
 
 
-def trainable_twin(model: keras.Model, config: FitConfig, on_gpu: bool) -> keras.Model:
-    """A copy of `model` whose early blocks are frozen, spread over all GPUs where there are any.
+def trainable_twin(model: keras.Model, config: FitConfig, half: bool) -> keras.Model:
+    """A copy of `model` whose blocks before `config.first_trained_block` are frozen.
 
-    On GPUs its convolutions compute in float16 if the config says so; `model` stays float32.
+    With `half` its convolutions compute in float16, on variables in float32; head, softmax and
+    distance stay in float32, and `model` is left as it is.
     """
     import keras
-    import tensorflow as tf
 
-    strategy = tf.distribute.MirroredStrategy() if on_gpu else tf.distribute.get_strategy()
     before = keras.config.dtype_policy()
-    with strategy.scope():
-        try:
-            if on_gpu and config.mixed_precision:
-                keras.config.set_dtype_policy("mixed_float16")
-            twin = build_classifier(model.output["probabilities"].shape[-1])
-        finally:
-            keras.config.set_dtype_policy(before)
+    try:
+        if half:
+            keras.config.set_dtype_policy("mixed_float16")
+        twin = build_classifier(model.output["probabilities"].shape[-1])
+    finally:
+        keras.config.set_dtype_policy(before)
     twin.set_weights(model.get_weights())
     for layer in twin.layers:
         if layer.name.startswith("block"):

@@ -17,7 +17,11 @@ ENGINES = {
 
 def test_row_by_hand():
     timing = Timing(
-        "triton_grpc", "fp32", 2, [10.0, 30.0, 20.0], [{"queue": 1.0, "compute": 15.0}] * 3
+        "triton_grpc",
+        "fp32",
+        2,
+        [10.0, 30.0, 20.0],
+        [{"queue": 1.0, "compute": 15.0, "wire": 4.0}] * 3,
     )
     row = timing.row(decode_ms=4.0)
     assert (row["n"], row["p50_ms"], row["min_ms"]) == (3, 20.0, 10.0)

@@ -3,6 +3,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import mlflow
@@ -27,6 +30,8 @@ from training.fit import (
     trainable_twin,
 )
 from training.model import build_classifier, load_trained, logits_from
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def small(phantoms, output, **changes) -> FitConfig:
@@ -95,7 +100,7 @@ def test_domain_threshold_accepts_the_validation_scans(trained):
 def test_frozen_blocks_stay_and_the_last_block_moves(scan_batch):
     model = build_classifier(4)
     fit_head(model, np.random.default_rng(1).random((8, 512)), np.arange(8) % 4, 1.0)
-    twin = trainable_twin(model, FitConfig(), on_gpu=False)
+    twin = trainable_twin(model, FitConfig(), half=False)
     trainer = logits_from(twin, 1)
     compile_trainer(trainer, 1e-3)
     trainer.train_on_batch(scan_batch[:4], np.eye(4, dtype=np.float32))
@@ -222,13 +227,41 @@ def test_direct_training_runs(phantoms, tmp_path):
 
 def test_mixed_precision_twin_computes_in_float16_and_keeps_float32_outputs():
     model = build_classifier(3)
-    twin = trainable_twin(model, FitConfig(first_trained_block=4), on_gpu=True)
+    twin = trainable_twin(model, FitConfig(first_trained_block=4), half=True)
     assert twin.get_layer("block3_conv1").compute_dtype == "float16"
     assert twin.get_layer("activation_map").compute_dtype == "float32"
     assert twin.get_layer("block3_conv1").kernel.dtype == "float32"
     assert not twin.get_layer("block3_conv3").trainable
     assert twin.get_layer("block4_conv1").trainable
     assert keras.config.dtype_policy().name == "float32"
+
+
+@pytest.mark.slow
+def test_training_is_spread_over_the_devices_of_a_strategy():
+    """Two logical CPUs stand for two GPUs; the strategy is the real one."""
+    code = """
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from training.fit import *
+model, config = build_classifier(3), FitConfig()
+scans = np.random.default_rng(0).integers(0, 255, (8, 224, 224, 1), dtype=np.uint8)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+with strategy.scope():
+    twin = trainable_twin(model, config, half=False)
+    trainer = logits_from(twin, 1, config.dropout)
+    compile_trainer(trainer, 1e-3)
+targets = np.eye(3, dtype=np.float32)[np.arange(8) % 3]
+gather = gather_augmented(scans, config.limits(), 1)
+batches = epoch_batches(gather, targets, np.ones(8, np.float32), 1, batch_size=4, seed=1)
+loss = trainer.fit(batches, shuffle=False, verbose=0).history["loss"][0]
+model.set_weights(twin.get_weights())
+print(strategy.num_replicas_in_sync, np.isfinite(loss), int(trainer.optimizer.iterations.numpy()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split() == ["2", "True", "2"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
