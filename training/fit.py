@@ -69,6 +69,8 @@ class FitConfig:
         first_trained_block: Block of VGG-16 from which phase two trains; 6 trains the head alone.
         epochs: At most so many epochs in phase two.
         patience: Phase two stops after so many epochs without a lower validation loss.
+        averaged_epochs: The weights of so many last epochs are averaged (Izmailov et al. 2018). A
+            few dozen validation scans cannot tell the best of them, and the mean is steadier.
         batch_size: Scans a step.
         learning_rate: Adam's in the first epoch, then along half a cosine; small, because the
             kernels are nearly right already.
@@ -96,7 +98,8 @@ class FitConfig:
     weights: str = "auto"
     first_trained_block: int = 5
     epochs: int = 24
-    patience: int = 8
+    patience: int = 12
+    averaged_epochs: int = 8
     batch_size: int = 16
     learning_rate: float = 5e-5
     head_regularisation: float = 0.1
@@ -122,6 +125,7 @@ class FitConfig:
             ("first_trained_block", 2, 6),
             ("epochs", 0, 10_000),
             ("patience", 1, 10_000),
+            ("averaged_epochs", 1, 100),
             ("batch_size", 1, 4096),
             ("learning_rate", 1e-9, 1),
             ("head_regularisation", 1e-9, 1e9),
@@ -228,10 +232,7 @@ def _train(
     run: Run,
     on_gpu: bool,
 ) -> None:
-    """Both phases, on all GPUs where there are any; leaves the best weights in `model`.
-
-    The best are those of the lowest validation loss.
-    """
+    """Both phases, on all GPUs where there are any; leaves the averaged weights in `model`."""
     import tensorflow as tf
 
     cached = config.frozen_layers == "cached" or (config.frozen_layers == "auto" and not on_gpu)
@@ -272,6 +273,7 @@ def _train(
         )
         logger.info("phase two: epoch %d of at most %d", epoch, epochs)
         trainer.optimizer.learning_rate = config.learning_rate * cosine_decay(epoch, epochs)
+        seed_dropout(trainer, config.seed, epoch)
         loss = trainer.fit(batches, shuffle=False, verbose="auto" if sys.stderr.isatty() else 0)
         row = {"epoch": epoch, "loss": float(loss.history["loss"][0])}
         row |= _scores(trainer, valid_input, valid.labels)
@@ -281,7 +283,7 @@ def _train(
             "loss %.3f, validation loss %.3f, validation accuracy %.3f",
             row["loss"], row["valid_loss"], row["valid_accuracy"],
         )  # fmt: skip
-    state.restore(trainer, best=True)
+    state.restore_average(trainer)
     model.set_weights(twin.get_weights())
 
 
@@ -419,6 +421,13 @@ def compile_trainer(trainer: keras.Model, learning_rate: float) -> None:
     trainer.optimizer.build(trainer.trainable_variables)
 
 
+def seed_dropout(trainer: keras.Model, seed: int, epoch: int) -> None:
+    """Let the dropout of an epoch depend on seed and epoch alone: weight files do not keep it."""
+    for layer in trainer.layers:
+        if hasattr(layer, "seed_generator"):
+            layer.seed_generator.state.assign([seed, epoch])
+
+
 def cosine_decay(epoch: int, epochs: int) -> float:
     """Factor of the learning rate in `epoch`, from 1 in the first down to nearly 0 in the last.
 
@@ -465,14 +474,15 @@ def _scores(
 
 
 class ResumableState:
-    """Where a training stands: its epochs, its last and its best weights, on disk.
+    """Where a training stands: its epochs and the weights of the last ones, on disk.
 
     The folder is named by a hash of everything that decides the result, so another config, other
     data or other weights never go on from here.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, averaged_epochs: int) -> None:
         self._folder = folder
+        self._averaged_epochs = averaged_epochs
         self.run_id: str | None = None
         self.history: list[dict[str, float]] = []
 
@@ -484,7 +494,7 @@ class ResumableState:
         settings = {k: v for k, v in _plain(config).items() if k not in ("output", "cache")}
         key = json.dumps([settings, train.sha256, valid.sha256, weights_sha256], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
-        state = cls(config.cache / "fit" / name)
+        state = cls(config.cache / "fit" / name, config.averaged_epochs)
         file = state._folder / "state.json"
         if file.is_file():
             stored = json.loads(file.read_text())
@@ -499,7 +509,8 @@ class ResumableState:
 
     def epochs_without_gain(self) -> int:
         """Epochs since the one with the lowest validation loss."""
-        return len(self.history) - 1 - self._best()
+        losses = [row["valid_loss"] for row in self.history]
+        return len(losses) - 1 - int(np.argmin(losses))
 
     def begin(self, run_id: str) -> None:
         """Remember which run this training belongs to."""
@@ -511,22 +522,41 @@ class ResumableState:
         self.history.append(row)
         trainer.save_weights(self._weights(len(self.history) - 1))
         self._write()
-        keep = {self._weights(len(self.history) - 1), self._weights(self._best())}
+        keep = {self._weights(epoch) for epoch in self._averaged()}
         for file in self._folder.glob("*.weights.h5"):
             if file not in keep:
                 file.unlink()
 
-    def restore(self, trainer: keras.Model, best: bool = False) -> None:
-        """Load the last weights, or the best ones, optimizer state included."""
+    def restore(self, trainer: keras.Model) -> None:
+        """Load the weights of the last epoch, optimizer state included."""
         if self.history:
-            trainer.load_weights(self._weights(self._best() if best else len(self.history) - 1))
+            trainer.load_weights(self._weights(self.epoch))
+
+    def restore_average(self, trainer: keras.Model) -> None:
+        """Load the mean of the weights of the last epochs."""
+        epochs = self._averaged()
+        total: list[Any] = []
+        for epoch in epochs:
+            trainer.load_weights(self._weights(epoch))
+            weights = trainer.get_weights()
+            total = [a + b for a, b in zip(total, weights, strict=True)] if total else weights
+        trainer.set_weights(
+            [
+                (weight / len(epochs)).astype(weight.dtype)
+                if np.issubdtype(weight.dtype, np.floating)
+                else weight
+                for weight in total
+            ]
+        )
 
     def remove(self) -> None:
         """Forget this training: it is finished."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _best(self) -> int:
-        return int(np.argmin([row["valid_loss"] for row in self.history]))
+    def _averaged(self) -> range:
+        """The last epochs of phase two; the head of phase one alone where there is none."""
+        first = max(min(1, self.epoch), self.epoch - self._averaged_epochs + 1)
+        return range(first, self.epoch + 1)
 
     def _weights(self, epoch: int) -> Path:
         return self._folder / f"epoch-{epoch:04d}.weights.h5"
