@@ -54,7 +54,8 @@ pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
 
 .PHONY: grouped
 grouped: environments  ## Train and score again with near duplicates and series kept on one side
-	@python -m training.split --config configs/split-grouped.yaml $(if $(GROUPS),--group-file $(GROUPS))
+	@python -m training.split --config configs/split-grouped.yaml \
+		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS))
 	@python -m training.fit --split results/grouped/split/split.csv --output results/grouped/train
 	@python -m training.evaluate --config configs/evaluate-grouped.yaml
 
