@@ -14,8 +14,6 @@ LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hash
 	--no-emit-index-url --no-header --no-annotate
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export TF_CPP_MIN_LOG_LEVEL ?= 3
-export TF_ENABLE_ONEDNN_OPTS ?= 1
 export DVC_NO_ANALYTICS := true
 export DATA
 

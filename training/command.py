@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ def run_command(
         interrupted: What is left after Ctrl-C and what to do.
     """
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError, ChestCTError, *errors)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or TensorFlow's log buries the command's
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return work() or 0

@@ -152,12 +152,12 @@ def load_trained(folder: Path) -> tuple[keras.Model, ModelFacts]:
     Raises:
         ValueError: The folder holds no trained model.
     """
-    import keras
-
     missing = [name for name in ("model.keras", "facts.json") if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder}: no {' and no '.join(missing)} in it; run python -m training.fit"
         )
+    import keras
+
     facts = ModelFacts.from_parameters(json.loads((folder / "facts.json").read_text()))
     return keras.models.load_model(folder / "model.keras", compile=False), facts
