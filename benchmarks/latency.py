@@ -121,8 +121,13 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     decode_ms = _decode_ms(config.scans)
     with ExitStack() as stack:
         server = stack.enter_context(LocalTriton(config.repository))
-        engines = _engines(config, model, server, stack)
+        engines, max_batch_size = _engines(config, model, server, stack)
         rows = []
+        if max(config.rounds) > max_batch_size:
+            raise ValueError(
+                f"rounds is {config.rounds}; the served model takes at most {max_batch_size} scans "
+                "in one request"
+            )
         for batch, rounds in config.rounds.items():
             timings = {name: Timing(name, facts.precision, batch, [], []) for name in engines}
             _run_rounds(engines, timings, scans, rounds, server.http_url, config.seed)
@@ -141,7 +146,8 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
 
 def _engines(
     config: LatencyConfig, model: Any, server: LocalTriton, stack: ExitStack
-) -> dict[str, Infer]:
+) -> tuple[dict[str, Infer], int]:
+    """What is measured, by name, and the most scans that the server takes in one request."""
     import onnxruntime
     import tensorflow as tf
 
@@ -154,7 +160,7 @@ def _engines(
     shared = stack.enter_context(
         shared_memory_infer(server.grpc_url, grpc.facts, max(config.rounds))
     )
-    return {
+    engines: dict[str, Infer] = {
         "keras_predict": lambda scans: model.predict(scans, verbose=0),
         "keras_compiled": lambda scans: {k: v.numpy() for k, v in compiled(scans).items()},
         "onnxruntime": lambda scans: session.run(None, {INPUT_NAME: scans}),
@@ -162,6 +168,7 @@ def _engines(
         "triton_http": http.classify,
         "triton_grpc_shm": shared,
     }
+    return engines, grpc.max_batch_size
 
 
 def _run_rounds(
@@ -178,30 +185,51 @@ def _run_rounds(
         chosen = np.take(scans, range(number * batch, (number + 1) * batch), axis=0, mode="wrap")
         for name in order.sample(sorted(engines), len(engines)):
             infer, timing = engines[name], timings[name]
+            served = name.startswith("triton")
+            untouched = _server_statistics(http_url) if served else None
             infer(chosen)
-            before = _server_ns(http_url) if name.startswith("triton") else None
+            before = _statistics_after(http_url, untouched) if untouched else None
             started = time.perf_counter_ns()
             infer(chosen)
             timing.latency_ms.append((time.perf_counter_ns() - started) / 1e6)
-            if before is not None:
-                after = _server_ns(http_url)
-                parts = {part: (after[part] - before[part]) / 1e6 for part in before}
+            if before:
+                after = _statistics_after(http_url, before)
+                parts = {part: (after[part] - before[part]) / 1e6 for part in ("queue", "compute")}
                 parts["wire"] = timing.latency_ms[-1] - sum(parts.values())
                 timing.server_ms.append(parts)
             time.sleep(PAUSE_S)
 
 
-def _server_ns(http_url: str) -> dict[str, int]:
-    """Nanoseconds that Triton's statistics extension has counted for queue and compute."""
+def _server_statistics(http_url: str) -> dict[str, int]:
+    """Requests that Triton has counted, and their nanoseconds in queue and compute."""
     address = f"{http_url}/v2/models/{MODEL_NAME}/stats"
     with urllib.request.urlopen(address, timeout=10) as answer:
         stats = json.load(answer)["model_stats"]
     totals = [item["inference_stats"] for item in stats]
     compute = ("compute_input", "compute_infer", "compute_output")
     return {
+        "requests": sum(int(item["success"]["count"]) for item in totals),
         "queue": sum(int(item["queue"]["ns"]) for item in totals),
         "compute": sum(int(item[part]["ns"]) for item in totals for part in compute),
     }
+
+
+def _statistics_after(http_url: str, before: dict[str, int]) -> dict[str, int]:
+    """The statistics once one more request is counted, which Triton does after it has answered.
+
+    Raises:
+        ValueError: It is not counted within five seconds.
+    """
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        statistics_now = _server_statistics(http_url)
+        if statistics_now["requests"] == before["requests"] + 1:
+            return statistics_now
+        time.sleep(0.001)
+    raise ValueError(
+        f"{http_url}: {statistics_now['requests'] - before['requests']} requests were counted for "
+        "one that was sent; another client must not use the server meanwhile"
+    )
 
 
 @contextmanager

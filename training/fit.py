@@ -194,7 +194,7 @@ def fit(config: FitConfig) -> Path:
     state = ResumableState.find(config, train, valid, weights.sha256)
     with tracked_run(f"vgg16-block{config.first_trained_block}", state.run_id) as run:
         state.begin(run.run_id)
-        run.log_params({f"fit.{key}": value for key, value in _plain(config).items()})
+        run.log_params({f"fit.{key}": value for key, value in _settings(config).items()})
         run.log_params({"weights.source": weights.source, "weights.sha256": weights.sha256})
         run.log_params({"data.sha256": train.sha256, "data.train": len(train)})
         run.set_tags({"devices": f"{len(gpus)} GPU" if gpus else f"{os.cpu_count()} CPU"})
@@ -491,8 +491,9 @@ class ResumableState:
         cls, config: FitConfig, train: ScanSet, valid: ScanSet, weights_sha256: str
     ) -> ResumableState:
         """The state that belongs to these inputs, empty where no training was interrupted."""
-        settings = {k: v for k, v in _plain(config).items() if k not in ("output", "cache")}
-        key = json.dumps([settings, train.sha256, valid.sha256, weights_sha256], sort_keys=True)
+        key = json.dumps(
+            [_settings(config), train.sha256, valid.sha256, weights_sha256], sort_keys=True
+        )
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         state = cls(config.cache / "fit" / name, config.averaged_epochs)
         file = state._folder / "state.json"
@@ -565,10 +566,12 @@ class ResumableState:
         write_json(self._folder / "state.json", {"run": self.run_id, "history": self.history})
 
 
-def _plain(config: FitConfig) -> dict[str, Any]:
+def _settings(config: FitConfig) -> dict[str, Any]:
+    """What decides the result, as plain values: all of the config but where files are kept."""
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in dataclasses.asdict(config).items()
+        if key not in ("output", "cache")
     }
 
 

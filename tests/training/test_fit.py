@@ -125,6 +125,7 @@ def test_interrupted_training_ends_as_an_uninterrupted_one(phantoms, tmp_path, m
     assert not interrupted.output.exists()
     killed = mlflow.search_runs(search_all_experiments=True, filter_string="status = 'KILLED'")
     monkeypatch.setattr(training.fit, "_scores", score)
+    interrupted = dataclasses.replace(interrupted, output=tmp_path / "elsewhere")
     fit(interrupted)
     whole, resumed = (
         load_trained(folder)[0].get_layer("block5_conv2").get_weights()[0]
