@@ -75,7 +75,17 @@ serve: environments  ## Triton on model_repository, ports 8000 to 8002 of 127.0.
 .PHONY: bench
 bench: environments  ## Every benchmark, into results/benchmark
 	@python -m benchmarks.latency --output results/benchmark/latency.json
+	@python -m benchmarks.throughput --output results/benchmark/throughput.json
 	@python -m benchmarks.training --output results/benchmark/training.json
+
+.PHONY: guard
+guard: environments  ## Compare the last latency benchmark with the committed one
+	@python -m benchmarks.guard results/benchmark/latency.json --baseline benchmarks/results/chest-ct/latency.json
+
+.PHONY: gpu-check
+gpu-check: environments  ## Everything that needs an NVIDIA GPU: plans, routes, parity, latency
+	@python -m export.engine --find-gpu
+	@python -m pytest -s -m gpu tests/export/test_gpu.py
 
 .PHONY: locks
 locks: environments  ## Resolve the hashed lock files anew

@@ -1,28 +1,39 @@
-"""How long one request takes: Keras, ONNX Runtime and Triton on the same scans in one run."""
+"""How long one request takes: Keras, ONNX Runtime, OpenVINO and Triton, every variant, one run."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import logging
-import os
 import random
 import statistics
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks.engines import BASELINES, ENGINES, Infer, Scans, first_answer, open_engine
+from benchmarks.environment import CPU_FLAGS, environment
+from benchmarks.pareto import write_plot
+from benchmarks.server import (
+    first_served_answer,
+    statistics_after,
+    statistics_of,
+)
+from benchmarks.variants import (
+    Variant,
+    find_variants,
+    median_interval,
+    read_curve,
+    scores_of,
+    spread,
+)
 from chestct.client import ScanClient
-from chestct.contract import INPUT_NAME, MODEL_NAME, ModelFacts
 from chestct.scan import list_scans, load_scan
 from export.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
@@ -30,13 +41,19 @@ from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.model import load_trained
+from training.scans import ScanSet, read_split
 
 logger = logging.getLogger(__name__)
 
-Scans = npt.NDArray[np.uint8]
-Infer = Callable[[Scans], Any]
-
 PAUSE_S = 0.02  # idle worker threads of the engine before spin for a few milliseconds
+MOST_REPEATS = 5
+TURN_MS = 60.0  # a turn of a fast engine holds several timed requests, up to about this long
+PROTOCOLS = ("triton_grpc", "triton_http", "triton_grpc_shm")
+METHOD = (
+    "interleaved rounds in random order; a turn is one untimed request and then one to five timed "
+    "ones; times are of one request; Triton's share is the median over rounds of the difference to "
+    "the same engine in-process in the same round"
+)
 
 
 @dataclass(frozen=True)
@@ -45,247 +62,346 @@ class LatencyConfig:
 
     Attributes:
         model: Folder that `training.fit` wrote.
-        onnx: The exported model.
-        repository: Triton's model repository.
+        variants: Folder of each variant, as {name: folder}; those that are not there are named in
+            the result.
+        repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
         scans: Folder of scans to send.
-        rounds: Timed requests of each engine for a batch size, as {batch size: number}.
+        split: Labelled scans, CSV of `training.split`; its test rows give each row its accuracy.
+        most_scored: At most so many of them, evenly spread.
+        curve: What `export.compress` tried, drawn into the plot where it is there.
+        rounds: Most rounds for a batch size, as {batch size: number}.
+        limit_s: No further round of a batch size begins after so many seconds.
+        cold_starts: Starts of each engine and server; 0 leaves cold start and memory out.
         seed: Of the order of engines within a round.
     """
 
     model: Path = Path("results/train")
-    onnx: Path = Path("results/export/model.onnx")
+    variants: dict[str, Any] = field(
+        default_factory=lambda: {
+            "fp32": "results/export",
+            "int8": "results/int8",
+            "compressed": "results/compressed",
+        }
+    )
     repository: Path = Path("model_repository")
     scans: Path = Path("data/scans")
-    rounds: dict[int, int] = field(default_factory=lambda: {1: 60, 8: 12})
+    split: Path = Path("results/split/split.csv")
+    most_scored: int = 400
+    curve: Path = Path("results/compressed/curve.json")
+    rounds: dict[int, int] = field(default_factory=lambda: {1: 60, 8: 6})
+    limit_s: float = 120.0
+    cold_starts: int = 2
     seed: int = 7
 
     def __post_init__(self) -> None:
-        """Refuse rounds that measure nothing.
+        """Refuse settings that measure nothing.
 
         Raises:
-            ValueError: A batch size or a number of rounds below 1.
+            ValueError: A batch size or a number of rounds below 1, or a limit that is none.
         """
         for batch, count in self.rounds.items():
             if not (isinstance(batch, int) and isinstance(count, int) and min(batch, count) >= 1):
                 raise ValueError(f"rounds is {self.rounds}; expected {{batch size: number}}")
+        if not self.rounds or self.limit_s <= 0 or self.cold_starts < 0 or self.most_scored < 1:
+            raise ValueError(
+                f"rounds {self.rounds}, limit_s {self.limit_s}, cold_starts {self.cold_starts}, "
+                f"most_scored {self.most_scored}: expected at least one round and scan, a positive "
+                "limit and no negative number"
+            )
 
 
-@dataclass
-class Timing:
-    """What was measured of one engine at one batch size; times in milliseconds a request.
+@dataclass(frozen=True)
+class Subject:
+    """What is timed.
 
-    `server_ms` holds, for a server, each request's time in the queue, in computing, and the rest:
-    the wire, with what client and server do to put tensors on it.
+    Attributes:
+        engine: `keras_predict`, `openvino`, `triton_grpc`, ...
+        variant: Name of the variant.
+        infer: Answers one request.
+        runs_on: For Triton, the engine inside it; else the engine itself.
+        model: For Triton, the name of the model.
     """
 
     engine: str
     variant: str
-    batch: int
-    latency_ms: list[float]
-    server_ms: list[dict[str, float]]
+    infer: Infer
+    runs_on: str
+    model: str | None = None
 
-    def row(self, decode_ms: float) -> dict[str, Any]:
-        """The row of the result file; parts that the engine does not have are left out."""
-        p50, p90, p99 = (float(q) for q in np.percentile(self.latency_ms, [50, 90, 99]))
-        parts = {"decode": decode_ms * self.batch}
+
+@dataclass
+class Timing:
+    """What was measured of one subject at one batch size; times in milliseconds a request.
+
+    `rounds` holds the timed requests of each round. `server_ms` holds, for a server and each
+    round, the time of a request in the queue, in computing, and the rest: the wire, with what
+    client and server do to put tensors on it.
+    """
+
+    rounds: list[list[float]] = field(default_factory=list)
+    server_ms: list[dict[str, float]] = field(default_factory=list)
+
+    def row(self, batch: int, decode_ms: float) -> dict[str, Any]:
+        """The times of a row; parts that the engine does not have are left out."""
+        times = [ms for turn in self.rounds for ms in turn]
+        p50, p90, p99 = (float(q) for q in np.percentile(times, [50, 90, 99]))
+        parts = {"decode": decode_ms * batch}
         if self.server_ms:
-            for part in ("queue", "compute", "wire"):
+            for part in ("wire", "queue", "compute"):
                 parts[part] = statistics.median(item[part] for item in self.server_ms)
         return {
-            "engine": self.engine,
-            "variant": self.variant,
-            "batch": self.batch,
-            "n": len(self.latency_ms),
+            "n": len(times),
             "p50_ms": round(p50, 3),
             "p90_ms": round(p90, 3),
             "p99_ms": round(p99, 3),
-            "min_ms": round(min(self.latency_ms), 3),
-            "scans_per_s": round(1000 * self.batch / p50, 2),
+            "min_ms": round(min(times), 3),
+            "scans_per_s": round(1000 * batch / p50, 2),
             "parts_ms": {part: round(value, 3) for part, value in parts.items()},
         }
 
 
-def measure(config: LatencyConfig) -> dict[str, Any]:
-    """Environment and one row for each engine and batch size, all from one interleaved run.
+def share_of_server(served: Timing, in_process: Timing) -> dict[str, dict[str, float]]:
+    """What a server adds to its engine, `ms` and `percent`, each a median with 95 % interval.
 
-    In every round each engine gets one untimed and one timed request on the same scans, in an
-    order drawn anew, so that a slow moment of the machine falls on all of them.
+    Paired by round: both answered the same scans within the same seconds, so a slow moment of the
+    machine cancels out, as it would not between two medians.
+    """
+    pairs = [
+        (statistics.median(over), statistics.median(under))
+        for over, under in zip(served.rounds, in_process.rounds, strict=True)
+    ]
+    return {
+        "ms": median_interval([over - under for over, under in pairs]),
+        "percent": median_interval([100 * (over / under - 1) for over, under in pairs]),
+    }
+
+
+def measure(config: LatencyConfig) -> dict[str, Any]:
+    """Environment and one row for each engine, variant and batch size, from one interleaved run.
+
+    In every round each subject gets a turn on the same scans, in an order drawn anew, so that a
+    slow moment of the machine falls on all of them. Accuracy, memory and cold start are taken
+    before and after, not meanwhile.
 
     Raises:
-        ValueError: Model, repository or scans are missing.
+        ValueError: Model, variants, repository or scans are missing or do not belong together.
         chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
         serving.local.LocalTritonError: Triton does not start.
     """
-    model, facts = load_trained(config.model)
+    started = time.monotonic()
+    _, facts = load_trained(config.model)
+    variants, not_measured = find_variants(config.variants, config.repository)
+    tests = read_split(config.scans, config.split, facts.window)["test"]
+    labelled = spread(tests, config.most_scored)
     scans = spread_scans(config.scans, 64)
     decode_ms = _decode_ms(config.scans)
     with ExitStack() as stack:
-        server = stack.enter_context(LocalTriton(config.repository))
-        engines, max_batch_size = _engines(config, model, server, stack)
+        served = [variant for variant in variants if variant.config is not None]
+        subjects, url = list(_in_process(config, variants, not_measured)), ""
+        if served:
+            names = tuple(variant.served_as for variant in served)
+            server = stack.enter_context(LocalTriton(config.repository, models=names))
+            subjects += _over_the_wire(config, served, server, stack)
+            url = server.http_url
+        worth = _worth(subjects, labelled)
         rows = []
-        if max(config.rounds) > max_batch_size:
-            raise ValueError(
-                f"rounds is {config.rounds}; the served model takes at most {max_batch_size} scans "
-                "in one request"
-            )
-        for batch, rounds in config.rounds.items():
-            timings = {name: Timing(name, facts.precision, batch, [], []) for name in engines}
-            _run_rounds(engines, timings, scans, rounds, server.http_url, config.seed)
-            rows += [timing.row(decode_ms) for timing in timings.values()]
+        for batch in config.rounds:
+            timings = _run_rounds(config, subjects, batch, scans, url)
+            rows += _rows(subjects, timings, batch, decode_ms)
     for row in rows:
-        for baseline in ("keras_predict", "keras_compiled"):
-            slow = next(r for r in rows if (r["engine"], r["batch"]) == (baseline, row["batch"]))
-            row[f"times_faster_than_{baseline}"] = round(slow["p50_ms"] / row["p50_ms"], 2)
+        row |= worth[row["runs_on"], row["variant"]]
+    if config.cold_starts:
+        _add_footprints(config, rows, variants)
     return {
         "environment": environment(),
         "run": facts.run,
-        "method": "interleaved rounds, one untimed request before each timed one; per request",
+        "method": METHOD,
+        "scored_on": f"{len(labelled)} test scans of {config.split}",
+        "num_scored": len(labelled),
+        "variants": {
+            variant.name: {
+                "size_mb": round(variant.size_mb, 2),
+                "served": variant.settings() if variant.config is not None else None,
+            }
+            for variant in variants
+        },
+        "not_measured": not_measured,
         "rows": rows,
+        "curve": read_curve(config.curve),
+        "minutes": round((time.monotonic() - started) / 60, 1),
     }
 
 
-def _engines(
-    config: LatencyConfig, model: Any, server: LocalTriton, stack: ExitStack
-) -> tuple[dict[str, Infer], int]:
-    """What is measured, by name, and the most scans that the server takes in one request."""
-    import onnxruntime
-    import tensorflow as tf
+def _in_process(
+    config: LatencyConfig, variants: list[Variant], not_measured: dict[str, str]
+) -> Iterator[Subject]:
+    """The Keras baselines, and each engine on each variant; what cannot run is written down."""
+    for baseline in BASELINES:
+        yield Subject(baseline, "fp32", open_engine(baseline, config.model), baseline)
+    for engine in ENGINES:
+        if engine != "onnxruntime" and importlib.util.find_spec("openvino") is None:
+            not_measured[engine] = "the package openvino is not installed"
+            continue
+        if engine == "openvino_bf16" and not _has_bfloat16():
+            not_measured[engine] = "this CPU has no bfloat16"
+            continue
+        for variant in variants:
+            if engine != "openvino_bf16" or variant.name == "fp32":
+                infer = open_engine(engine, variant.folder, _threads(variant, engine))
+                yield Subject(engine, variant.name, infer, engine)
 
-    compiled = tf.function(lambda scan: model(scan, training=False))
-    session = onnxruntime.InferenceSession(
-        str(config.onnx), providers=onnxruntime.get_available_providers()
-    )
-    grpc = stack.enter_context(ScanClient(server.grpc_url))
-    http = stack.enter_context(ScanClient(server.http_url))
-    shared = stack.enter_context(
-        shared_memory_infer(server.grpc_url, grpc.facts, max(config.rounds))
-    )
-    engines: dict[str, Infer] = {
-        "keras_predict": lambda scans: model.predict(scans, verbose=0),
-        "keras_compiled": lambda scans: {k: v.numpy() for k, v in compiled(scans).items()},
-        "onnxruntime": lambda scans: session.run(None, {INPUT_NAME: scans}),
-        "triton_grpc": grpc.classify,
-        "triton_http": http.classify,
-        "triton_grpc_shm": shared,
-    }
-    return engines, grpc.max_batch_size
+
+def _threads(variant: Variant, engine: str) -> int:
+    """As the server has it, so that the two differ by the server alone."""
+    if variant.config is None or variant.settings()["engine"] != engine:
+        return 0
+    return int(variant.settings()["threads"])
+
+
+def _has_bfloat16() -> bool:
+    names = {flag for flag in CPU_FLAGS if flag.endswith("bf16")}
+    return bool(names & set(environment()["cpu_flags"]))
+
+
+def _over_the_wire(
+    config: LatencyConfig, served: list[Variant], server: LocalTriton, stack: ExitStack
+) -> Iterator[Subject]:
+    """Each served variant over gRPC, HTTP and gRPC with shared memory.
+
+    Raises:
+        ValueError: A batch size is more than a model takes.
+    """
+    for variant in served:
+        settings, name = variant.settings(), variant.served_as
+        if max(config.rounds) > settings["max_batch_size"]:
+            raise ValueError(
+                f"rounds is {config.rounds}; {name} takes at most {settings['max_batch_size']} "
+                "scans in one request"
+            )
+        clients = (
+            ScanClient(server.grpc_url, name),
+            ScanClient(server.http_url, name),
+            ScanClient(server.grpc_url, name, shared_memory="on"),
+        )
+        for protocol, client in zip(PROTOCOLS, clients, strict=True):
+            infer = _answers_of(stack.enter_context(client))
+            yield Subject(protocol, variant.name, infer, settings["engine"], name)
+
+
+def _answers_of(client: ScanClient) -> Infer:
+    return lambda scans: vars(client.classify(scans))
+
+
+def _worth(subjects: list[Subject], labelled: ScanSet) -> dict[tuple[str, str], dict[str, Any]]:
+    """Scores of each engine on each variant, computed once by engine and not once by protocol."""
+    worth: dict[tuple[str, str], dict[str, Any]] = {}
+    for subject in subjects:
+        key = (subject.runs_on, subject.variant)
+        if key not in worth and subject.engine != "keras_predict":
+            worth[key] = scores_of(subject.infer, labelled, f"score {' '.join(key)}")
+    # The same network in the same library, which takes long by `predict`.
+    worth["keras_predict", "fp32"] = worth["keras_compiled", "fp32"]
+    return worth
 
 
 def _run_rounds(
-    engines: dict[str, Infer],
-    timings: dict[str, Timing],
-    scans: Scans,
-    rounds: int,
-    http_url: str,
-    seed: int,
-) -> None:
-    order = random.Random(seed)
-    batch = next(iter(timings.values())).batch
+    config: LatencyConfig, subjects: list[Subject], batch: int, scans: Scans, http_url: str
+) -> list[Timing]:
+    order = random.Random(config.seed)
+    timings = [Timing() for _ in subjects]
+    repeats = [_repeats(subject, scans[:batch]) for subject in subjects]
+    deadline = time.monotonic() + config.limit_s
+    rounds = config.rounds[batch]
     for number in tqdm(range(rounds), f"rounds of batch {batch}", disable=None):
         chosen = np.take(scans, range(number * batch, (number + 1) * batch), axis=0, mode="wrap")
-        for name in order.sample(sorted(engines), len(engines)):
-            infer, timing = engines[name], timings[name]
-            served = name.startswith("triton")
-            untouched = _server_statistics(http_url) if served else None
-            infer(chosen)
-            before = _statistics_after(http_url, untouched) if untouched else None
-            started = time.perf_counter_ns()
-            infer(chosen)
-            timing.latency_ms.append((time.perf_counter_ns() - started) / 1e6)
-            if before:
-                after = _statistics_after(http_url, before)
-                parts = {part: (after[part] - before[part]) / 1e6 for part in ("queue", "compute")}
-                parts["wire"] = timing.latency_ms[-1] - sum(parts.values())
-                timing.server_ms.append(parts)
-            time.sleep(PAUSE_S)
+        for place in order.sample(range(len(subjects)), len(subjects)):
+            _turn(subjects[place], timings[place], chosen, repeats[place], http_url)
+        if time.monotonic() > deadline:
+            logger.info("batch %d: %d of %d rounds, limit_s is over", batch, number + 1, rounds)
+            break
+    return timings
 
 
-def _server_statistics(http_url: str) -> dict[str, int]:
-    """Requests that Triton has counted, and their nanoseconds in queue and compute."""
-    address = f"{http_url}/v2/models/{MODEL_NAME}/stats"
-    with urllib.request.urlopen(address, timeout=10) as answer:
-        stats = json.load(answer)["model_stats"]
-    totals = [item["inference_stats"] for item in stats]
-    compute = ("compute_input", "compute_infer", "compute_output")
-    return {
-        "requests": sum(int(item["success"]["count"]) for item in totals),
-        "queue": sum(int(item["queue"]["ns"]) for item in totals),
-        "compute": sum(int(item[part]["ns"]) for item in totals for part in compute),
+def _repeats(subject: Subject, scans: Scans) -> int:
+    subject.infer(scans)
+    started = time.perf_counter()
+    subject.infer(scans)
+    elapsed_ms = 1000 * (time.perf_counter() - started)
+    return max(1, min(MOST_REPEATS, int(TURN_MS / elapsed_ms)))
+
+
+def _turn(subject: Subject, timing: Timing, scans: Scans, repeats: int, http_url: str) -> None:
+    model = subject.model
+    untouched = statistics_of(http_url, model) if model else None
+    subject.infer(scans)
+    before = statistics_after(http_url, model, untouched, 1) if model and untouched else None
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter_ns()
+        subject.infer(scans)
+        times.append((time.perf_counter_ns() - started) / 1e6)
+    timing.rounds.append(times)
+    if model and before:
+        after = statistics_after(http_url, model, before, repeats)
+        parts = {
+            part: (after[f"{part}_ns"] - before[f"{part}_ns"]) / 1e6 / repeats
+            for part in ("queue", "compute")
+        }
+        parts["wire"] = statistics.mean(times) - sum(parts.values())
+        timing.server_ms.append(parts)
+    time.sleep(PAUSE_S)
+
+
+def _rows(
+    subjects: list[Subject], timings: list[Timing], batch: int, decode_ms: float
+) -> list[dict[str, Any]]:
+    """One row for each subject, with its ratios to the baselines and, for Triton, its share."""
+    by_name = {
+        (subject.engine, subject.variant): timing
+        for subject, timing in zip(subjects, timings, strict=True)
     }
+    slow_ms = {name: by_name[name, "fp32"].row(batch, 0)["p50_ms"] for name in BASELINES}
+    rows = []
+    for subject, timing in zip(subjects, timings, strict=True):
+        about = {"engine": subject.engine, "variant": subject.variant, "batch": batch}
+        row = about | {"runs_on": subject.runs_on} | timing.row(batch, decode_ms)
+        for name, ms in slow_ms.items():
+            row[f"times_faster_than_{name}"] = round(ms / row["p50_ms"], 2)
+        beside = by_name.get((subject.runs_on, subject.variant))
+        if subject.model and beside:
+            row["share_of_triton"] = share_of_server(timing, beside)
+        rows.append(row)
+    return rows
 
 
-def _statistics_after(http_url: str, before: dict[str, int]) -> dict[str, int]:
-    """The statistics once one more request is counted, which Triton does after it has answered.
-
-    Raises:
-        ValueError: It is not counted within five seconds.
-    """
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        statistics_now = _server_statistics(http_url)
-        if statistics_now["requests"] == before["requests"] + 1:
-            return statistics_now
-        time.sleep(0.001)
-    raise ValueError(
-        f"{http_url}: {statistics_now['requests'] - before['requests']} requests were counted for "
-        "one that was sent; another client must not use the server meanwhile"
-    )
-
-
-@contextmanager
-def shared_memory_infer(grpc_url: str, facts: ModelFacts, max_batch: int) -> Iterator[Infer]:
-    """Sends scans and takes answers through system shared memory; works on the server's host only.
-
-    Both regions are registered once and reused; the answers are copied out of them.
-    """
-    import tritonclient.grpc as triton
-    from tritonclient.utils import shared_memory as shm
-
-    from chestct.contract import OUTPUT_NAMES, SCAN_SHAPE, output_specs
-
-    source, target = (f"chestct_{os.getpid()}_{end}" for end in ("scan", "answer"))
-    client = triton.InferenceServerClient(grpc_url.removeprefix("grpc://"))
-    scan_bytes = max_batch * int(np.prod(SCAN_SHAPE))
-    shapes = {spec.name: spec.shape[1:] for spec in output_specs(len(facts.labels))}
-    sizes = {name: 4 * max_batch * int(np.prod(shape)) for name, shape in shapes.items()}
-    total = sum(sizes.values())
-    regions = {
-        name: shm.create_shared_memory_region(name, f"/{name}", size)
-        for name, size in ((source, scan_bytes), (target, total))
-    }
-    try:
-        client.register_system_shared_memory(source, f"/{source}", scan_bytes)
-        client.register_system_shared_memory(target, f"/{target}", total)
-
-        def infer(scans: Scans) -> dict[str, npt.NDArray[np.float32]]:
-            shm.set_shared_memory_region(regions[source], [scans])
-            scan = triton.InferInput(INPUT_NAME, scans.shape, "UINT8")
-            scan.set_shared_memory(source, scans.nbytes)
-            requested, offsets, offset = [], {}, 0
-            for name in OUTPUT_NAMES:
-                output = triton.InferRequestedOutput(name)
-                size = 4 * len(scans) * int(np.prod(shapes[name]))
-                output.set_shared_memory(target, size, offset)
-                requested.append(output)
-                offsets[name] = offset
-                offset += sizes[name]
-            client.infer(MODEL_NAME, [scan], outputs=requested, client_timeout=60)
-            return {
-                name: shm.get_contents_as_numpy(
-                    regions[target],
-                    np.float32,
-                    (len(scans), *shapes[name]),
-                    offsets[name],
-                ).copy()
-                for name in OUTPUT_NAMES
-            }
-
-        yield infer
-    finally:
-        client.unregister_system_shared_memory()
-        client.close()
-        for region in regions.values():
-            shm.destroy_shared_memory_region(region)
+def _add_footprints(
+    config: LatencyConfig, rows: list[dict[str, Any]], variants: list[Variant]
+) -> None:
+    """Add size, cold start (median) and peak memory (largest) of engines and servers to rows."""
+    by_name = {variant.name: variant for variant in variants}
+    keras_mb = (config.model / "model.keras").stat().st_size / 1e6
+    batch = max(config.rounds)
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    wanted = [(row["engine"], row["variant"]) for row in rows if row["batch"] == batch]
+    for _ in tqdm(range(config.cold_starts), "cold starts", disable=None):
+        for engine, name in wanted:
+            if engine == "triton_grpc":
+                start = first_served_answer(config.repository, by_name[name].served_as, batch)
+            elif engine in PROTOCOLS:
+                continue
+            elif engine in BASELINES:
+                start = first_answer(engine, config.model, 0, batch)
+            else:
+                threads = _threads(by_name[name], engine)
+                start = first_answer(engine, by_name[name].folder, threads, batch)
+            found.setdefault((engine, name), []).append(start)
+    for row in rows:
+        engine = "triton_grpc" if row["engine"] in PROTOCOLS else row["engine"]
+        starts = found[engine, row["variant"]]
+        size_mb = keras_mb if engine in BASELINES else by_name[row["variant"]].size_mb
+        row["model_mb"] = round(size_mb, 2)
+        row["cold_start_s"] = round(statistics.median(seconds for seconds, _ in starts), 2)
+        row["peak_memory_mb"] = round(max(memory_mb for _, memory_mb in starts), 1)
 
 
 def _decode_ms(folder: Path) -> float:
@@ -298,36 +414,108 @@ def _decode_ms(folder: Path) -> float:
     return statistics.median(times)
 
 
+def place_in_words(place: dict[str, Any]) -> str:
+    """The environment of a result, as one sentence."""
+    return (
+        f"{place['cpu']} ({' '.join(place['cpu_flags'])}), {place['cores']} cores, GPU: "
+        f"{place['gpu'] or 'none'}; commit {place['commit'][:12]}, {place['date']}."
+    )
+
+
+def interval_in_words(interval: dict[str, float | None]) -> str:
+    """A value with its interval, `0.990 (0.981 to 0.998)`."""
+    if interval["value"] is None or interval["low"] is None:
+        return "undefined"
+    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table, with its environment above."""
-    place = result["environment"]
-    lines = [
-        f"{place['cpu']}, {place['cores']} cores, GPU: {place['gpu'] or 'none'}; "
-        f"commit {place['commit'][:12]}, {place['date']}. {result['method']}.",
-        "",
-        "| engine | variant | batch | n | p50 ms | p90 ms | p99 ms | scans/s "
-        "| against predict | against tf.function | queue + compute ms | wire ms |",
-        "|" + " --- |" * 12,
-    ]
-    for row in result["rows"]:
-        parts = row["parts_ms"]
-        server = f"{parts['queue'] + parts['compute']:.1f}" if "queue" in parts else ""
-        wire = f"{parts['wire']:.1f}" if "wire" in parts else ""
-        lines.append(
-            f"| {row['engine']} | {row['variant']} | {row['batch']} | {row['n']} "
-            f"| {row['p50_ms']:.1f} | {row['p90_ms']:.1f} | {row['p99_ms']:.1f} "
-            f"| {row['scans_per_s']:.1f} | {row['times_faster_than_keras_predict']:.2f} x "
-            f"| {row['times_faster_than_keras_compiled']:.2f} x | {server} | {wire} |"
-        )
-    decode = result["rows"][0]["parts_ms"]["decode"] / result["rows"][0]["batch"]
-    lines += ["", f"Decoding one file to a scan takes {decode:.1f} ms and comes on top."]
+    """The result as tables: speed with accuracy, one for each batch size; parts; footprint."""
+    rows = result["rows"]
+    lines = [place_in_words(result["environment"]) + f" {result['method']}.", ""]
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        lines += [*speed_table(result, batch), ""]
+    lines += _parts_table([row for row in rows if "wire" in row["parts_ms"]])
+    if "cold_start_s" in rows[0]:
+        lines += [
+            "Footprint: cold start is from starting the process to its first answer; peak memory "
+            f"after a request of {max(row['batch'] for row in rows)} scans:",
+            "",
+            "| engine | variant | model MB | cold start s | peak memory MB |",
+            "|" + " --- |" * 5,
+        ]
+        lines += [
+            f"| {_engine(row)} | {row['variant']} | {row['model_mb']:.1f} "
+            f"| {row['cold_start_s']:.2f} | {row['peak_memory_mb']:.0f} |"
+            for row in rows
+            if row["batch"] == rows[0]["batch"] and row["engine"] not in PROTOCOLS[1:]
+        ]
+        lines.append("")
+    decode = rows[0]["parts_ms"]["decode"] / rows[0]["batch"]
+    lines.append(
+        f"Decoding one file to a scan takes {decode:.1f} ms and comes on top. The run took "
+        f"{result['minutes']} minutes."
+    )
+    lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
     return "\n".join(lines) + "\n"
+
+
+def speed_table(result: dict[str, Any], batch: int) -> list[str]:
+    """The lines of a table of the rows at one batch size, speed beside accuracy."""
+    lines = [
+        f"Batch {batch}, times of a request; accuracy on {result['scored_on']}, 95 % intervals:",
+        "",
+        "| engine | variant | n | p50 ms | p99 ms | scans/s | against predict "
+        "| against tf.function | accuracy | macro AUROC |",
+        "|" + " --- |" * 10,
+    ]
+    return lines + [
+        f"| {_engine(row)} | {row['variant']} | {row['n']} | {row['p50_ms']:.1f} "
+        f"| {row['p99_ms']:.1f} | {row['scans_per_s']:.1f} "
+        f"| {row['times_faster_than_keras_predict']:.2f} x "
+        f"| {row['times_faster_than_keras_compiled']:.2f} x "
+        f"| {interval_in_words(row['accuracy'])} | {interval_in_words(row['macro_auroc'])} |"
+        for row in result["rows"]
+        if row["batch"] == batch
+    ]
+
+
+def _engine(row: dict[str, Any]) -> str:
+    inside = row["engine"] in PROTOCOLS
+    return f"{row['engine']} ({row['runs_on']})" if inside else str(row["engine"])
+
+
+def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "Parts of a request to Triton, medians in ms, and what Triton adds to the same engine "
+        "in-process, paired by round, with 95 % interval:",
+        "",
+        "| protocol | variant | batch | wire | queue | compute | Triton's share ms | % |",
+        "|" + " --- |" * 8,
+    ]
+    for row in rows:
+        parts, share = row["parts_ms"], row.get("share_of_triton")
+        texts = ["not measured", ""]
+        if share:
+            texts = [
+                f"{item['value']:.1f} ({item['low']:.1f} to {item['high']:.1f})"
+                for item in (share["ms"], share["percent"])
+            ]
+        lines.append(
+            f"| {row['engine']} | {row['variant']} | {row['batch']} | {parts['wire']:.2f} "
+            f"| {parts['queue']:.2f} | {parts['compute']:.2f} | {' | '.join(texts)} |"
+        )
+    return [*lines, ""]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the latency of one request against the Keras baselines."""
     parser = command_parser("benchmarks.latency", main.__doc__, "configs/latency.yaml")
-    parser.add_argument("--output", type=Path, required=True, help="JSON; a .md goes beside it")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON; a .md and a .png go beside it"
+    )
     arguments = parser.parse_args(argv)
 
     def work() -> None:
@@ -335,6 +523,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(arguments.output, result)
         with replaced(arguments.output.with_suffix(".md")) as temporary:
             temporary.write_text(markdown(result), encoding="utf-8")
+        write_plot(arguments.output.with_suffix(".png"), result)
         sys.stdout.write(markdown(result))
 
     return run_command(work, errors=(LocalTritonError,))

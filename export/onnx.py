@@ -23,7 +23,7 @@ from chestct.contract import (
 )
 from training.command import command_parser, run_command
 from training.config import load_config
-from training.files import replaced
+from training.files import replaced, write_json
 from training.model import load_trained
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _name_tensors(model: onnx.ModelProto) -> None:
 
 
 def write_onnx(config: OnnxConfig) -> Path:
-    """Convert the model in `config.model` and write `config.output` in one step.
+    """Convert the model in `config.model`; write `config.output`, and `facts.json` beside it.
 
     Raises:
         ValueError: No model, or a graph that differs from the contract.
@@ -136,6 +136,7 @@ def write_onnx(config: OnnxConfig) -> Path:
     converted = onnx_from_keras(model, facts, config.opset)
     with replaced(config.output) as temporary:
         temporary.write_bytes(converted.SerializeToString())
+    write_json(config.output.with_name("facts.json"), facts.to_parameters())
     size_mb = config.output.stat().st_size / 1e6
     elapsed_s = time.monotonic() - started
     logger.info("wrote %s, %.1f MB, %.1f s", config.output, size_mb, elapsed_s)

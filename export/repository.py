@@ -1,18 +1,26 @@
-"""The Triton model repository: written whole or not at all, and only if parity holds."""
+"""The Triton model repository: written whole or not at all, and only if parity holds.
+
+`configs/serve.yaml` lists the variants of the model. Each is published as `chestct_<variant>`, and
+the promoted one a second time as `chestct`, which is what clients ask for.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import filecmp
 import json
 import logging
 import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chestct.contract import MODEL_NAME, ModelFacts, input_spec, output_specs
+from chestct.contract import INPUT_NAME, MODEL_NAME, ModelFacts, input_spec, output_specs
+from export.engine import profile_shape, read_record
 from export.onnx import contract_differences, sha256_of
 from training.command import command_parser, run_command
 from training.config import load_config
@@ -20,33 +28,41 @@ from training.files import replaced
 
 logger = logging.getLogger(__name__)
 
+GPU_ENGINES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt-plan")
+ENGINES = ("onnxruntime", "openvino", *GPU_ENGINES)
+MODES = ("latency", "throughput")
+VARIANT_KEYS = {"folder": str, "engine": str, "instances": int, "threads": int}
+# triton-inference-server/onnxruntime_backend, README, "Parameter mapping".
+PRECISION_MODES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
 
-@dataclass(frozen=True)
-class RepositoryConfig:
-    """What `export.repository` is told.
+Texts = dict[str, str]  # name of a file to its content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is the same for all models of a repository.
 
     Attributes:
-        onnx: The exported model.
-        model: Folder that `training.fit` wrote; its facts become the parameters.
-        parity: Report of `export.parity`; nothing is written unless it holds for this very file.
-        repository: Triton's model repository.
-        name: Name of the model in it.
         max_batch_size: Most scans in one inference; 32 scans of VGG-16 need about 1 GB.
         warm_up: Batch sizes that are run before the model is ready; the first call of each new
             shape is slow otherwise.
-        max_queue_delay_us: How long a scan may wait for others to share its batch.
+        max_queue_delay_us: How long a scan may wait for others to share its batch; None turns
+            dynamic batching off.
         keep_versions: Versions that stay in the repository, the served one included.
+        tensorrt_cache: Folder on the server for the engines that `onnxruntime-tensorrt` builds,
+            which takes minutes; a volume that stays is to be mounted there.
+        workspace_mb: Memory that `onnxruntime-tensorrt` may use while it builds and runs.
+        cuda_graphs: Replay the kernel launches of a `tensorrt-plan` at the batch sizes of
+            `warm_up`. A graph is recorded for one shape; other batch sizes run without.
     """
 
-    onnx: Path = Path("results/export/model.onnx")
-    model: Path = Path("results/train")
-    parity: Path = Path("results/export/parity.json")
-    repository: Path = Path("model_repository")
-    name: str = MODEL_NAME
     max_batch_size: int = 32
     warm_up: tuple[int, ...] = (1, 8)
-    max_queue_delay_us: int = 0
+    max_queue_delay_us: int | None = 0
     keep_versions: int = 2
+    tensorrt_cache: Path = Path("/var/cache/chestct/tensorrt")
+    workspace_mb: int = 2048
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that Triton would refuse later.
@@ -54,56 +70,255 @@ class RepositoryConfig:
         Raises:
             ValueError: A number out of range.
         """
-        if self.max_batch_size < 1:
-            raise ValueError(f"max_batch_size is {self.max_batch_size}; expected at least 1")
+        for key in ("max_batch_size", "keep_versions", "workspace_mb"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; expected at least 1")
+        if self.max_queue_delay_us is not None and self.max_queue_delay_us < 0:
+            raise ValueError(f"max_queue_delay_us is {self.max_queue_delay_us}; expected 0 or more")
         if any(not 1 <= size <= self.max_batch_size for size in self.warm_up):
             raise ValueError(f"warm_up is {self.warm_up}; expected 1 to {self.max_batch_size}")
-        if self.keep_versions < 1:
-            raise ValueError(f"keep_versions is {self.keep_versions}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class RepositoryConfig(Settings):
+    """How one model is published.
+
+    Attributes:
+        onnx: The ONNX file; for `tensorrt-plan` that of which `model.plan` beside it was built.
+        model: Folder of `facts.json`, which becomes the parameters.
+        parity: Report of `export.parity`; nothing is written unless it holds for this very file.
+        repository: Triton's model repository.
+        name: Name of the model in it.
+        engine: What runs the model, one of `ENGINES`.
+        instances: How many run side by side, each with its own copy of the weights; on GPUs, on
+            each of them.
+        threads: Threads of one instance on a CPU; 0 leaves it to the engine, which takes all cores.
+    """
+
+    onnx: Path = Path("results/export/model.onnx")
+    model: Path = Path("results/export")
+    parity: Path = Path("results/export/parity.json")
+    repository: Path = Path("model_repository")
+    name: str = MODEL_NAME
+    engine: str = "onnxruntime"
+    instances: int = 1
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that Triton would refuse later.
+
+        Raises:
+            ValueError: A number out of range, a name that is no folder, or an unknown engine.
+        """
+        super().__post_init__()
+        if self.instances < 1 or self.threads < 0:
+            raise ValueError(
+                f"instances is {self.instances} and threads {self.threads}; expected at least 1 "
+                "and 0"
+            )
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
             raise ValueError(f"name is {self.name!r}; expected letters, digits, . _ -")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine is {self.engine!r}; expected one of {ENGINES}")
+
+    @property
+    def served_file(self) -> Path:
+        """The file that Triton loads: `model.onnx`, or `model.plan` beside it."""
+        plan = self.engine == "tensorrt-plan"
+        return self.onnx.with_name("model.plan") if plan else self.onnx
 
 
-def config_pbtxt(config: RepositoryConfig, facts: ModelFacts, version: int) -> str:
+@dataclass(frozen=True)
+class ServeConfig(Settings):
+    """What `export.repository` is told: which variants are served, and by which engine.
+
+    Attributes:
+        variants: For each name its `folder` (which holds `model.onnx`, `facts.json` and
+            `parity.json`) and `engine`, and `instances` or `threads` where this one differs.
+        promoted: The variant that is also published as `chestct`.
+        mode: `latency` answers one scan as soon as possible: one instance with all cores.
+            `throughput` answers most scans in a second: one instance of one thread for each core
+            of this machine, so that none waits for the others; on a GPU two, so that one copies
+            while the other computes.
+        instances: Overrides the mode.
+        threads: Overrides the mode; 0 leaves it to the engine.
+        repository: Triton's model repository.
+    """
+
+    variants: dict[str, Any] = field(default_factory=lambda: {"fp32": {"folder": "results/export"}})
+    promoted: str = "fp32"
+    mode: str = "latency"
+    instances: int | None = None
+    threads: int | None = None
+    repository: Path = Path("model_repository")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, before anything is written.
+
+        Raises:
+            ValueError: An unknown mode, variant or key of a variant, or a value out of range.
+        """
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; expected one of {MODES}")
+        if self.promoted not in self.models():
+            raise ValueError(
+                f"promoted is {self.promoted!r}; expected one of {list(self.variants)}"
+            )
+
+    def models(self) -> dict[str, RepositoryConfig]:
+        """How each variant is published, by the name of the variant."""
+        models = {}
+        for name, entry in self.variants.items():
+            try:
+                models[name] = self._model(name, entry)
+            except ValueError as error:
+                raise ValueError(f"variant {name}: {error}") from error
+        return models
+
+    def _model(self, name: str, entry: Any) -> RepositoryConfig:
+        if not isinstance(entry, dict) or "folder" not in entry:
+            raise ValueError(f"{entry!r} has no folder; expected {{folder: ..., engine: ...}}")
+        for key, value in entry.items():
+            if key not in VARIANT_KEYS:
+                raise ValueError(f"unknown key {key!r}; allowed are {list(VARIANT_KEYS)}")
+            if type(value) is not VARIANT_KEYS[key]:
+                raise ValueError(f"{key} is {value!r}; expected {VARIANT_KEYS[key].__name__}")
+        folder, engine = Path(entry["folder"]), entry.get("engine", "onnxruntime")
+        chosen: dict[str, Any]
+        if self.mode == "latency":
+            chosen = {"instances": 1, "threads": 0}
+        elif engine in GPU_ENGINES:
+            chosen = {"instances": 2, "threads": 0}
+        else:
+            chosen = {"instances": os.cpu_count() or 1, "threads": 1}
+        for key in chosen:
+            override = entry.get(key, getattr(self, key))
+            chosen[key] = chosen[key] if override is None else override
+        return RepositoryConfig(
+            onnx=folder / "model.onnx",
+            model=folder,
+            parity=folder / "parity.json",
+            repository=self.repository,
+            name=f"{MODEL_NAME}_{name}",
+            engine=engine,
+            **chosen,
+            **{key.name: getattr(self, key.name) for key in dataclasses.fields(Settings)},
+        )
+
+
+def config_pbtxt(
+    config: RepositoryConfig, facts: ModelFacts, *, version: int, onnx_sha256: str = ""
+) -> str:
     """The text of `config.pbtxt`: tensors from the contract, parameters from the facts.
 
     The version policy names one version, so that replacing this one file is the moment at which
-    another version is served. Instances are KIND_AUTO: a GPU where there is one, else the CPU.
+    another version is served.
+
+    Args:
+        config: How the model is published.
+        facts: What it says of itself.
+        version: The version that is served.
+        onnx_sha256: Hash of the ONNX file, by which the cached engines of TensorRT are kept apart.
+
+    Raises:
+        ValueError: A precision that the engine does not have.
     """
-    specs = [("input", input_spec())]
-    specs += [("output", spec) for spec in output_specs(len(facts.labels))]
-    parts = [
-        f"name: {_text(config.name)}",
-        'backend: "onnxruntime"',
-        f"max_batch_size: {config.max_batch_size}",
+    from google.protobuf import json_format
+    from tritonclient.grpc import model_config_pb2
+
+    scan = {"data_type": f"TYPE_{input_spec().dtype}", "dims": input_spec().shape[1:]}
+    outputs: list[dict[str, Any]] = [
+        {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": spec.shape[1:]}
+        for spec in output_specs(len(facts.labels))
     ]
-    for kind, spec in specs:
-        dims = ", ".join(str(size) for size in spec.shape[1:])
-        label = f" label_filename: {_text(f'{version}/labels.txt')}" * (
-            spec.name == "probabilities"
+    outputs[0]["label_filename"] = f"{version}/labels.txt"
+    parameters = facts.to_parameters()
+    if config.engine in GPU_ENGINES:
+        kind = "KIND_GPU"
+        if config.engine != "tensorrt-plan":
+            # 1 is HEURISTIC; the default tries all algorithms at each new batch size, in service.
+            parameters["cudnn_conv_algo_search"] = "1"
+    else:
+        # KIND_AUTO is a GPU where there is one, else the CPU.
+        kind = "KIND_CPU" if config.engine == "openvino" else "KIND_AUTO"
+        if config.threads:
+            parameters["intra_op_thread_count"] = str(config.threads)
+    settings: dict[str, Any] = {
+        "name": config.name,
+        "backend": "tensorrt" if config.engine == "tensorrt-plan" else "onnxruntime",
+        "max_batch_size": config.max_batch_size,
+        "input": [{"name": INPUT_NAME, **scan}],
+        "output": outputs,
+        "version_policy": {"specific": {"versions": [version]}},
+        "instance_group": [{"count": config.instances, "kind": kind}],
+        "model_warmup": [
+            {
+                "name": f"batch {size}",
+                "batch_size": size,
+                "inputs": {INPUT_NAME: {**scan, "random_data": True}},
+            }
+            for size in config.warm_up
+        ],
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+    }
+    optimization = _optimization(config, facts, onnx_sha256)
+    if optimization:
+        settings["optimization"] = optimization
+    if config.max_queue_delay_us is not None:
+        settings["dynamic_batching"] = {"max_queue_delay_microseconds": config.max_queue_delay_us}
+    return _text(json_format.ParseDict(settings, model_config_pb2.ModelConfig()))
+
+
+def _optimization(config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str) -> dict[str, Any]:
+    if config.engine == "openvino":
+        accelerators: dict[str, Any] = {"cpu_execution_accelerator": [{"name": "openvino"}]}
+    elif config.engine == "onnxruntime-cuda":
+        # TF32 keeps ten bits of the FP32 head and of the domain distance.
+        cuda = {"name": "cuda", "parameters": {"use_tf32": "0"}}
+        accelerators = {"gpu_execution_accelerator": [cuda]}
+    elif config.engine == "onnxruntime-tensorrt":
+        tensorrt = {
+            "name": "tensorrt",
+            "parameters": tensorrt_parameters(config, facts, onnx_sha256),
+        }
+        accelerators = {"gpu_execution_accelerator": [tensorrt]}
+    elif config.engine == "tensorrt-plan" and config.cuda_graphs:
+        shape = {INPUT_NAME: {"dim": input_spec().shape[1:]}}
+        graphs = [{"batch_size": size, "input": shape} for size in config.warm_up]
+        return {"cuda": {"graphs": True, "graph_spec": graphs}}
+    else:
+        return {}
+    return {"execution_accelerators": accelerators}
+
+
+def tensorrt_parameters(
+    config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str
+) -> dict[str, str]:
+    """Parameters of the native backend's TensorRT accelerator, by the names that it knows.
+
+    ONNX Runtime names a cached engine after the graph without its weights: with one folder for all
+    models, a new version would be answered by the engine of the old one.
+
+    Raises:
+        ValueError: A precision that the accelerator does not have.
+    """
+    if facts.precision not in PRECISION_MODES:
+        raise ValueError(
+            f"precision is {facts.precision!r}; onnxruntime-tensorrt takes {list(PRECISION_MODES)}"
         )
-        parts.append(
-            f"{kind} [{{ name: {_text(spec.name)} data_type: TYPE_{spec.dtype} "
-            f"dims: [{dims}]{label} }}]"
-        )
-    parts += [
-        f"version_policy {{ specific {{ versions: [{version}] }} }}",
-        "instance_group [{ count: 1 kind: KIND_AUTO }]",
-        f"dynamic_batching {{ max_queue_delay_microseconds: {config.max_queue_delay_us} }}",
-    ]
-    scan = input_spec()
-    dims = ", ".join(str(size) for size in scan.shape[1:])
-    for size in config.warm_up:
-        parts.append(
-            f'model_warmup [{{ name: "batch {size}" batch_size: {size} inputs {{ '
-            f"key: {_text(scan.name)} value {{ data_type: TYPE_{scan.dtype} dims: [{dims}] "
-            "random_data: true } } }]"
-        )
-    for key, value in facts.to_parameters().items():
-        parts.append(f"parameters {{ key: {_text(key)} value {{ string_value: {_text(value)} }} }}")
-    text = "\n".join(parts) + "\n"
-    parsed_config(text)
-    return text
+    best = max(config.warm_up, default=config.max_batch_size)
+    return {
+        "precision_mode": PRECISION_MODES[facts.precision],
+        "max_workspace_size_bytes": str(config.workspace_mb * 1024 * 1024),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(config.tensorrt_cache / onnx_sha256[:16]),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(config.tensorrt_cache),
+        "trt_profile_min_shapes": profile_shape(1),
+        "trt_profile_opt_shapes": profile_shape(best),
+        "trt_profile_max_shapes": profile_shape(config.max_batch_size),
+    }
 
 
 def parsed_config(text: str) -> Any:
@@ -122,14 +337,15 @@ def parsed_config(text: str) -> Any:
 
 
 def write_repository(config: RepositoryConfig) -> int:
-    """Publish the exported model as a new version and return its number.
+    """Publish one model as a new version and return its number.
 
     The version folder is complete before it appears (temporary folder, then a rename), and it is
     served only when `config.pbtxt` is replaced, in one step. The version before stays, with its
     own config inside, for a rollback. Publishing the served model again changes nothing.
 
     Raises:
-        ValueError: No model, parity does not hold for it, or it breaks the contract.
+        ValueError: No model, parity does not hold for it, it breaks the contract, or its plan was
+            built from another file or for smaller batches.
         OSError: The repository cannot be written; it is as it was.
     """
     import onnx
@@ -137,7 +353,8 @@ def write_repository(config: RepositoryConfig) -> int:
     for path, remedy in (
         (config.onnx, "export.onnx"),
         (config.parity, "export.parity"),
-        (config.model / "facts.json", "training.fit"),
+        (config.model / "facts.json", "export.onnx"),
+        (config.served_file, "export.engine"),
     ):
         if not path.is_file():
             raise ValueError(f"{path}: no such file; run python -m {remedy}")
@@ -148,34 +365,131 @@ def write_repository(config: RepositoryConfig) -> int:
             f"{config.parity} is about another file than {config.onnx}; run python -m export.parity"
         )
     if parity.get("holds") is not True:
-        raise ValueError(f"{config.parity}: parity does not hold, nothing is written")
+        reasons = "; ".join(parity.get("reasons", ())) or "the report gives no reason"
+        raise ValueError(f"{config.parity}: parity does not hold, nothing is written: {reasons}")
+    judged = [report["candidate"] for report in parity.get("reports", ())]
+    if judged and config.engine in ("onnxruntime", "openvino") and config.engine not in judged:
+        raise ValueError(
+            f"{config.parity} judged {judged}, not {config.engine}; name it among the engines of "
+            "export.parity"
+        )
     facts = ModelFacts.from_parameters(json.loads((config.model / "facts.json").read_text()))
     differences = contract_differences(onnx.load(config.onnx), len(facts.labels))
     if differences:
         raise ValueError(f"{config.onnx} breaks the contract: {'; '.join(differences)}")
+    files = {config.served_file.name: config.served_file, "parity.json": config.parity}
+    if config.engine == "tensorrt-plan":
+        record = read_record(config.onnx.parent)
+        if record.onnx_sha256 != sha256:
+            raise ValueError(
+                f"{config.served_file} was built from another file than {config.onnx}; run python "
+                "-m export.engine"
+            )
+        if record.profile[0] > 1 or record.profile[2] < config.max_batch_size:
+            raise ValueError(
+                f"{config.served_file} takes batches from {record.profile[0]} to "
+                f"{record.profile[2]}; expected 1 to max_batch_size, {config.max_batch_size}"
+            )
+        files["plan.json"] = config.served_file.with_name("plan.json")
 
-    folder = config.repository / config.name
+    def texts(version: int) -> Texts:
+        found = {
+            "config.pbtxt": config_pbtxt(config, facts, version=version, onnx_sha256=sha256),
+            "labels.txt": "\n".join(facts.labels) + "\n",
+        }
+        if config.engine in GPU_ENGINES and config.engine != "tensorrt-plan":
+            # A server without a GPU takes this one, because it refuses a model of KIND_GPU.
+            on_cpu = dataclasses.replace(config, engine="onnxruntime", instances=1)
+            found["cpu.pbtxt"] = config_pbtxt(on_cpu, facts, version=version)
+        return found
+
+    return _publish(config.repository / config.name, files, texts, config.keep_versions)
+
+
+def promote(repository: Path, variant: str, keep_versions: int = 2) -> int:
+    """Publish the served version of a variant as `chestct`; returns the number it has there.
+
+    Raises:
+        ValueError: The variant is not in the repository.
+        OSError: The repository cannot be written; it is as it was.
+    """
+    source = repository / f"{MODEL_NAME}_{variant}"
+    served = served_version(source)
+    if served is None:
+        published = sorted(path.parent.name for path in repository.glob("*_*/config.pbtxt"))
+        raise ValueError(f"{source}: no such model to promote; published are {published}")
+    version_folder = source / str(served)
+
+    def texts(version: int) -> Texts:
+        found = {}
+        for path in version_folder.glob("*.pbtxt"):
+            message = parsed_config(path.read_text(encoding="utf-8"))
+            message.name = MODEL_NAME
+            message.version_policy.specific.versions[:] = [version]
+            message.output[0].label_filename = f"{version}/labels.txt"
+            found[path.name] = _text(message)
+        return found
+
+    files = {path.name: path for path in version_folder.iterdir() if path.suffix != ".pbtxt"}
+    return _publish(repository / MODEL_NAME, files, texts, keep_versions)
+
+
+def _publish(
+    folder: Path, files: Mapping[str, Path], texts: Callable[[int], Texts], keep_versions: int
+) -> int:
     served = served_version(folder)
-    if (
-        served is not None
-        and sha256_of(folder / str(served) / "model.onnx") == sha256
-        and (folder / "config.pbtxt").read_text() == config_pbtxt(config, facts, served)
-    ):
+    if served is not None and _is_same(folder / str(served), files, texts(served)):
         logger.info("%s version %d is already this model", folder, served)
         return served
     version = max(_versions(folder), default=0) + 1
-    text = config_pbtxt(config, facts, version)
     with replaced(folder / str(version)) as temporary:
         temporary.mkdir()
-        shutil.copyfile(config.onnx, temporary / "model.onnx")
-        shutil.copyfile(config.parity, temporary / "parity.json")
-        (temporary / "labels.txt").write_text("\n".join(facts.labels) + "\n", encoding="utf-8")
-        (temporary / "config.pbtxt").write_text(text, encoding="utf-8")
+        for name, source in files.items():
+            shutil.copyfile(source, temporary / name)
+        for name, text in texts(version).items():
+            (temporary / name).write_text(text, encoding="utf-8")
     _serve(folder, version)
-    for old in sorted(_versions(folder))[: -config.keep_versions]:
+    for old in sorted(_versions(folder))[:-keep_versions]:
         shutil.rmtree(folder / str(old))
     logger.info("wrote %s version %d", folder, version)
     return version
+
+
+def _is_same(version_folder: Path, files: Mapping[str, Path], texts: Texts) -> bool:
+    models = [name for name in files if name.startswith("model.")]
+    wanted = {name: text.encode() for name, text in texts.items()}
+    if any(not (version_folder / name).is_file() for name in (*models, *wanted)):
+        return False
+    return all((version_folder / name).read_bytes() == wanted[name] for name in wanted) and all(
+        filecmp.cmp(version_folder / name, files[name], shallow=False) for name in models
+    )
+
+
+def publish_variants(config: ServeConfig) -> list[str]:
+    """Publish every variant that is there, and promote one; what failed, one sentence each.
+
+    A variant that fails leaves what is served of it as it was, and the others go on.
+
+    Raises:
+        OSError: The repository cannot be written.
+    """
+    failures = {}
+    for variant, model in config.models().items():
+        if not model.served_file.is_file():
+            logger.info("skipped %s: %s is not there", model.name, model.served_file)
+            continue
+        try:
+            write_repository(model)
+        except ValueError as error:
+            failures[variant] = f"{model.name}: {error}"
+    wanted = config.models()[config.promoted]
+    if not wanted.served_file.is_file():
+        failures[config.promoted] = (
+            f"{wanted.name} is to be promoted: {wanted.served_file} is not there"
+        )
+    if config.promoted not in failures:
+        promote(config.repository, config.promoted, config.keep_versions)
+    return list(failures.values())
 
 
 def roll_back(folder: Path) -> int:
@@ -197,11 +511,18 @@ def served_version(folder: Path) -> int | None:
     """The version that the model folder's `config.pbtxt` names; None where there is no model."""
     if not (folder / "config.pbtxt").is_file():
         return None
-    policy = parsed_config((folder / "config.pbtxt").read_text()).version_policy
+    policy = parsed_config((folder / "config.pbtxt").read_text(encoding="utf-8")).version_policy
     return int(policy.specific.versions[0])
 
 
 def _serve(folder: Path, version: int) -> None:
+    # config.pbtxt last: until then publishing again starts anew.
+    on_cpu = folder / str(version) / "cpu.pbtxt"
+    if on_cpu.is_file():
+        with replaced(folder / "configs" / "cpu.pbtxt") as temporary:
+            shutil.copyfile(on_cpu, temporary)
+    else:
+        (folder / "configs" / "cpu.pbtxt").unlink(missing_ok=True)
     with replaced(folder / "config.pbtxt") as temporary:
         shutil.copyfile(folder / str(version) / "config.pbtxt", temporary)
 
@@ -212,23 +533,33 @@ def _versions(folder: Path) -> list[int]:
     return [int(entry.name) for entry in os.scandir(folder) if entry.name.isdigit()]
 
 
-def _text(value: str) -> str:
-    """A protobuf text-format string; it shares JSON's escapes once letters stay unescaped."""
-    return json.dumps(value, ensure_ascii=False)
+def _text(message: Any) -> str:
+    from google.protobuf import text_format
+
+    text: str = text_format.MessageToString(message, as_utf8=True)
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Publish the exported model in Triton's model repository."""
-    parser = command_parser("export.repository", main.__doc__, "configs/publish.yaml")
-    parser.add_argument("--roll-back", action="store_true", help="serve the version before again")
+    """Publish the variants of the model in Triton's model repository, and promote one."""
+    parser = command_parser("export.repository", main.__doc__, "configs/serve.yaml")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--promote", metavar="VARIANT", help="only promote this published variant")
+    instead.add_argument("--roll-back", action="store_true", help="serve the version before again")
     arguments = parser.parse_args(argv)
 
-    def work() -> None:
-        config = load_config(RepositoryConfig, arguments.config)
+    def work() -> int:
+        config = load_config(ServeConfig, arguments.config)
         if arguments.roll_back:
-            roll_back(config.repository / config.name)
+            roll_back(config.repository / MODEL_NAME)
+        elif arguments.promote:
+            promote(config.repository, arguments.promote, config.keep_versions)
         else:
-            write_repository(config)
+            failures = publish_variants(config)
+            for failure in failures:
+                sys.stderr.write(f"error: {failure}\n")
+            return 1 if failures else 0
+        return 0
 
     return run_command(work, interrupted="interrupted: the repository serves what it served")
 

@@ -4,7 +4,7 @@ The server is the one in the wheel `nvidia-pytriton`, installed in an environmen
 serves the model repository as it is; `serving/backends/onnxruntime` stands in for NVIDIA's
 onnxruntime backend. Everything listens on 127.0.0.1 only.
 
-    python -m serving.local --repository model_repository
+    python -m serving.local --repository model_repository --model chestct_compressed
 """
 
 from __future__ import annotations
@@ -188,12 +188,18 @@ def _write_backends(installation: Installation, folder: Path) -> None:
         )
 
 
-def _check_repository(repository: Path) -> None:
+def _check_repository(repository: Path, models: Sequence[str]) -> None:
     if not repository.is_dir():
         raise LocalTritonError(f"{repository}: no such folder; expected a model repository")
-    if not any((entry / "config.pbtxt").is_file() for entry in repository.iterdir()):
+    found = sorted(config.parent.name for config in repository.glob("*/config.pbtxt"))
+    if not found:
         raise LocalTritonError(
             f"{repository} holds no models (folders with a config.pbtxt). Export one into it first"
+        )
+    missing = [name for name in models if name not in found]
+    if missing:
+        raise LocalTritonError(
+            f"{repository} holds no {' and no '.join(missing)}; its models are {', '.join(found)}"
         )
 
 
@@ -287,6 +293,7 @@ class LocalTriton:
         metrics_port: int = 0,
         environment: Path = Path(".venv-triton"),
         control_mode: Literal["none", "poll", "explicit"] = "none",
+        models: Sequence[str] = (),
         ready_timeout_s: float = 120.0,
         exit_timeout_s: float = 15.0,
         extra_args: Sequence[str] = (),
@@ -300,16 +307,23 @@ class LocalTriton:
             metrics_port: Port of the Prometheus metrics.
             environment: Virtual environment with `serving/requirements.txt`.
             control_mode: `none` loads everything once, `poll` follows changes of the repository,
-                `explicit` loads what `extra_args` or the admin API asks for.
+                `explicit` loads what `models` or the admin API asks for.
+            models: Names of the models to load, which makes the mode `explicit`; empty for all.
             ready_timeout_s: How long loading may take.
             exit_timeout_s: How long requests in flight may take on stopping.
             extra_args: Further options of `tritonserver`.
+
+        Raises:
+            ValueError: `models` with the control mode `poll`, which loads every model.
         """
+        if models and control_mode == "poll":
+            raise ValueError("models: the control mode poll loads all; expected none or explicit")
         self._repository = model_repository
         self._wanted_ports = {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port}
         self._ports = dict(self._wanted_ports)
         self._environment = environment
-        self._control_mode = control_mode
+        self._control_mode = "explicit" if models else control_mode
+        self._models = tuple(models)
         self._ready_timeout_s = ready_timeout_s
         self._exit_timeout_s = exit_timeout_s
         self._extra_args = tuple(extra_args)
@@ -370,8 +384,8 @@ class LocalTriton:
             LocalTritonError: It does not start; the message names the port, the model or the piece
                 at fault.
         """
-        if self._control_mode != "explicit":
-            _check_repository(self._repository)
+        if self._models or self._control_mode != "explicit":
+            _check_repository(self._repository, self._models)
         self._installation = find_installation(self._environment)
         try:
             self._run_directory = Path(tempfile.mkdtemp(prefix="local-triton-"))
@@ -428,6 +442,25 @@ class LocalTriton:
         index = json.loads(body)
         return [(m["name"], m["version"]) for m in index if m.get("state") == "READY"]
 
+    def peak_memory_mb(self) -> float:
+        """The most memory that the server and its backend processes have held, in MiB.
+
+        The sum of their peaks of resident memory (`VmHWM`, proc_pid_status(5)) since the server
+        started. It is an upper bound: pages that processes share are counted for each of them, and
+        the peaks need not have come at the same time.
+
+        Raises:
+            LocalTritonError: The server does not run.
+        """
+        try:
+            tasks = Path(f"/proc/{self._pid}/task").iterdir()
+            children = [pid for task in tasks for pid in (task / "children").read_text().split()]
+            texts = [Path(f"/proc/{pid}/status").read_text() for pid in (self._pid, *children)]
+            peaks_kb = [int(re.findall(r"VmHWM:\s+(\d+) kB", text)[0]) for text in texts]
+        except (OSError, IndexError) as error:  # an ended process has no peak
+            raise LocalTritonError("Triton does not run, so it holds no memory") from error
+        return sum(peaks_kb) / 1024
+
     def check(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[str]:
         """Infer on every ready model; what is wrong, one sentence each, empty when all is well.
 
@@ -440,6 +473,9 @@ class LocalTriton:
             models = self.models()
             if not models and self._control_mode != "explicit":
                 return ["no model is ready"]
+            absent = [name for name in self._models if name not in dict(models)]
+            if absent:
+                return [f"model '{name}' is not ready" for name in absent]
             failures = [self._failure(name, version, timeout_s) for name, version in models]
         except (OSError, http.client.HTTPException) as error:
             return [f"the server does not answer over HTTP: {error or type(error).__name__}"]
@@ -491,6 +527,7 @@ class LocalTriton:
             f"--model-repository={self._repository.absolute()}",
             f"--model-control-mode={self._control_mode}",
             *(["--repository-poll-secs=1"] if self._control_mode == "poll" else []),
+            *(f"--load-model={name}" for name in self._models),
             # The exported configs are complete, and guessing costs each model a second.
             "--disable-auto-complete-config",
             *([] if _nvidia_driver_answers() else ["--model-config-name=cpu"]),
@@ -678,6 +715,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repository", type=Path, default=Path("model_repository"), help="model repository"
     )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="load this model only; may be repeated; without it all are loaded",
+    )
     parser.add_argument("--http-port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 takes a free one")
     parser.add_argument("--metrics-port", type=int, default=8002, help="0 takes a free one")
@@ -702,6 +746,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             grpc_port=arguments.grpc_port,
             metrics_port=arguments.metrics_port,
             environment=arguments.environment,
+            models=arguments.model,
         ) as server:
             logger.info(
                 "ready at %s and %s after %.1f s, metrics at %s, log in %s",

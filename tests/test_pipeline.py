@@ -12,13 +12,27 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+ANYTHING = (
+    "{label_agreement: 0, macro_auroc_drop: 1, accuracy_drop: 1, mean_probability_error: 1, "
+    "max_probability_error: 1, median_map_correlation: -1, least_map_correlation: -1, "
+    "in_domain_agreement: 0}"
+)
 SMALL = {
     "phantom": "train: 5\nvalid: 3\ntest: 3\ndicom_fraction: 0.4\nseed: 3\n",
     "train": "weights: random\nepochs: 1\naugmented_copies: 0\n",
-    "latency": "rounds: {1: 2}\n",
     "parity": "num_scans: 9\n",
+    "quantize": "num_scans: 8\n",
+    # A network trained for a minute is sure of nothing: only that the gate is asked is tested.
+    "parity-int8": f"variant: results/int8\ngate: {ANYTHING}\n",
+    "distill": "students: {tiny: [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]}\nepochs: 1\n",
+    "parity-compressed": f"variant: results/compressed\ngate: {ANYTHING}\n",
+    "compress": "num_scans: 8\nrounds: 3\n",
+    "latency": "rounds: {1: 2}\ncold_starts: 0\nmost_scored: 12\n",
 }
-STAGES = ["ingest", "audit", "split", "train", "evaluate", "export", "publish", "benchmark"]
+STAGES = [
+    "ingest", "audit", "split", "train", "evaluate", "export",
+    "quantize", "distill", "compress", "publish", "benchmark",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +72,9 @@ def test_pipeline_runs_once_and_then_has_nothing_to_do(clone):
     for file in (
         "results/audit/audit.json", "results/split/split.csv", "results/train/model.keras",
         "results/evaluate/report.md", "results/export/model.onnx", "results/benchmark/latency.json",
-        "model_repository/chestct/1/model.onnx",
+        "results/compressed/curve.md", "model_repository/chestct/1/model.onnx",
+        "model_repository/chestct_int8/1/model.onnx",
+        "model_repository/chestct_compressed/1/model.onnx",
     ):  # fmt: skip
         assert (clone / file).is_file(), file
 
@@ -75,7 +91,8 @@ def test_pipeline_runs_once_and_then_has_nothing_to_do(clone):
     metrics = json.loads(shown.stdout)[""]["data"]["results/evaluate/scores.json"]["data"]
     assert metrics["official"]["n"] == 12
 
-    (clone / "configs" / "publish.yaml").write_text("max_batch_size: 16\nwarm_up: [1]\n")
+    serve = clone / "configs" / "serve.yaml"
+    serve.write_text(serve.read_text().replace("warm_up: [1, 8]", "warm_up: [1]"))
     third = run(clone, "dvc", "repro", "publish")
     assert third.returncode == 0, third.stderr
     assert [line.split("'")[1] for line in third.stdout.splitlines() if "Running" in line] == [

@@ -215,7 +215,7 @@ def fit(config: FitConfig) -> Path:
             final.save(folder / "model.keras")
             write_json(folder / "facts.json", facts.to_parameters())
             write_json(folder / "run.json", {"run": run.run_id, "weights": weights.source})
-            _write_history(folder / "history.csv", state.history)
+            write_history(folder / "history.csv", state.history)
         for name in ("model.keras", "facts.json", "history.csv"):
             run.log_file(config.output / name, "model")
     state.remove()
@@ -575,10 +575,10 @@ def _settings(config: FitConfig) -> dict[str, Any]:
     }
 
 
-def _write_history(path: Path, history: list[dict[str, float]]) -> None:
-    columns = ["epoch", "loss", "valid_loss", "valid_accuracy", "valid_balanced_accuracy"]
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """The rows of a training as CSV; what the first row, before training, lacks stays empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, list(history[-1]))
         writer.writeheader()
         writer.writerows(history)
 

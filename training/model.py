@@ -15,9 +15,12 @@ from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelFacts
 if TYPE_CHECKING:
     import keras
 
-NUM_FEATURES = 512  # channels of block5_conv3
+# Output channels of the 13 convolutions (Simonyan and Zisserman 2015, table 1, column D).
+VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+CONVOLUTIONS_OF_BLOCK = (2, 2, 3, 3, 3)
 # Mean of ImageNet in BGR, subtracted from 0..255: keras.applications.imagenet_utils, mode "caffe".
 VGG_MEAN_BGR = (103.939, 116.779, 123.68)
+GREY_CENTER = 128.0  # what a compressed network subtracts: then a scan is exactly a signed byte
 
 Features = npt.NDArray[np.float32]
 
@@ -27,8 +30,8 @@ class DomainFit:
     """Where the training scans lie in feature space.
 
     Attributes:
-        mean: float32 (512,), mean of the pooled features.
-        whitening: float32 (512, 512); `(feature - mean) @ whitening` has unit covariance, so its
+        mean: float32 (F,), mean of the pooled features, F = 512 in the full network.
+        whitening: float32 (F, F); `(feature - mean) @ whitening` has unit covariance, so its
             Euclidean norm is the Mahalanobis distance.
     """
 
@@ -36,7 +39,9 @@ class DomainFit:
     whitening: Features
 
 
-def build_classifier(num_classes: int, temperature: float = 1.0) -> keras.Model:
+def build_classifier(
+    num_classes: int, temperature: float = 1.0, widths: tuple[int, ...] = VGG16_WIDTHS
+) -> keras.Model:
     """A Keras model with the contract's names: a scan in, three outputs as a dict.
 
     Input `scan`: uint8 (N, 224, 224, 1), 0 = window floor, 255 = its ceiling. Outputs:
@@ -44,7 +49,9 @@ def build_classifier(num_classes: int, temperature: float = 1.0) -> keras.Model:
     `domain_distance` float32 (N, 1).
 
     Note: VGG-16 (Simonyan and Zisserman 2015) expects BGR minus the ImageNet mean. The graph
-    casts, tiles the grey channel to three and subtracts that mean itself: feed raw pixels.
+    casts, tiles the grey channel to three and subtracts that mean itself: feed raw pixels. A
+    network with other `widths` is a compressed one: its first convolution reads the one grey
+    channel, minus 128, and the tiling is folded into its kernel.
     The head is one 1x1 convolution on `block5_conv3` followed by global average pooling, so the
     mean of the map over its places is the logit, exactly (Zhou et al. 2016, CAM, equation 2,
     with the linear layer moved in front of the mean).
@@ -52,17 +59,26 @@ def build_classifier(num_classes: int, temperature: float = 1.0) -> keras.Model:
     Args:
         num_classes: Columns of `probabilities`, at least 2.
         temperature: Divisor of the logits before the softmax (Guo et al. 2017).
+        widths: Output channels of the 13 convolutions.
     """
     import keras
     from keras import layers
 
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; expected at least 2")
+    if len(widths) != len(VGG16_WIDTHS) or min(widths) < 1:
+        raise ValueError(f"widths are {widths}; expected 13 positive numbers")
     scan = keras.Input(SCAN_SHAPE, dtype="uint8", name=INPUT_NAME)
-    bgr = layers.Concatenate(name="grey_to_bgr")([scan, scan, scan])
-    centred = layers.Rescaling(1.0, [-mean for mean in VGG_MEAN_BGR], name="vgg_preprocessing")(bgr)
-    backbone = keras.applications.VGG16(include_top=False, weights=None, input_tensor=centred)
-    features = backbone.get_layer("block5_conv3").output
+    if widths == VGG16_WIDTHS:
+        bgr = layers.Concatenate(name="grey_to_bgr")([scan, scan, scan])
+        means = [-mean for mean in VGG_MEAN_BGR]
+        features = layers.Rescaling(1.0, means, name="vgg_preprocessing")(bgr)
+    else:
+        features = layers.Rescaling(1.0, -GREY_CENTER, name="grey_preprocessing")(scan)
+    for name, width in zip(convolution_names(), widths, strict=True):
+        if name.endswith("conv1") and name != "block1_conv1":
+            features = layers.MaxPooling2D(2, name=f"block{int(name[5]) - 1}_pool")(features)
+        features = layers.Conv2D(width, 3, padding="same", activation="relu", name=name)(features)
     activation_map = layers.Conv2D(
         num_classes, 1, kernel_initializer="zeros", dtype="float32", name="activation_map"
     )(features)
@@ -71,7 +87,7 @@ def build_classifier(num_classes: int, temperature: float = 1.0) -> keras.Model:
     probabilities = layers.Softmax(dtype="float32", name="probabilities")(cooled)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="pooled_features")(features)
     whitened = layers.Dense(
-        NUM_FEATURES,
+        widths[-1],
         kernel_initializer="identity",
         trainable=False,
         dtype="float32",
@@ -87,6 +103,20 @@ def build_classifier(num_classes: int, temperature: float = 1.0) -> keras.Model:
         },
         name="chestct",
     )
+
+
+def convolution_names() -> list[str]:
+    """The 13 convolution layers of VGG-16 in order, as Keras names them."""
+    return [
+        f"block{block}_conv{number}"
+        for block, count in enumerate(CONVOLUTIONS_OF_BLOCK, start=1)
+        for number in range(1, count + 1)
+    ]
+
+
+def widths_of(model: keras.Model) -> tuple[int, ...]:
+    """Output channels of the 13 convolutions of a classifier."""
+    return tuple(int(model.get_layer(name).filters) for name in convolution_names())
 
 
 def frozen_prefix(model: keras.Model, first_trained_block: int) -> keras.Model:
@@ -116,8 +146,15 @@ def logits_from(model: keras.Model, first_block: int, dropout: float = 0.0) -> k
     return keras.Model(_entrance(model, first_block), logits)
 
 
+def map_from(model: keras.Model, first_block: int) -> keras.Model:
+    """The part from `first_block` on, to the activation map float32 (N, 14, 14, C)."""
+    import keras
+
+    return keras.Model(_entrance(model, first_block), model.get_layer("activation_map").output)
+
+
 def pooled_features(model: keras.Model, first_block: int = 1) -> keras.Model:
-    """The part from `first_block` on, to the pooled features float32 (N, 512)."""
+    """The part from `first_block` on, to the pooled features float32 (N, F)."""
     import keras
 
     return keras.Model(_entrance(model, first_block), model.get_layer("pooled_features").output)
@@ -141,7 +178,7 @@ def set_domain(model: keras.Model, domain: DomainFit) -> None:
 def with_temperature(model: keras.Model, temperature: float) -> keras.Model:
     """A copy of a classifier whose softmax is cooled by `temperature`."""
     num_classes = model.output["probabilities"].shape[-1]
-    copy = build_classifier(num_classes, temperature)
+    copy = build_classifier(num_classes, temperature, widths_of(model))
     copy.set_weights(model.get_weights())
     return copy
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from training.model import convolution_names
+
 if TYPE_CHECKING:
     import keras
 
@@ -94,14 +96,6 @@ def load_backbone_weights(model: keras.Model, source: str) -> WeightsRecord:
         for array in model.get_layer(name).get_weights():
             digest.update(array.tobytes())
     return WeightsRecord(asked, source, digest.hexdigest())
-
-
-def convolution_names() -> tuple[str, ...]:
-    """The 13 convolution layers of VGG-16 in order, as Keras names them."""
-    depth = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}
-    return tuple(
-        f"block{block}_conv{index + 1}" for block, count in depth.items() for index in range(count)
-    )
 
 
 Kernels = dict[str, list[npt.NDArray[Any]]]

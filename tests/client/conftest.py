@@ -192,6 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         model = self.server.model
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if not self.path.endswith("/infer"):
+            return self.answer(404, b'{"error": "no such service"}')
         split = int(self.headers["Inference-Header-Content-Length"])
         request = json.loads(body[:split])
         shape = tuple(request["inputs"][0]["shape"])

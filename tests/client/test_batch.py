@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 from chestct.batch import classify_paths, finished_paths
 from chestct.client import ScanClient
 from chestct.contract import Window
-from chestct.errors import ServerUnavailableError
+from chestct.errors import InferenceError, ServerUnavailableError
 from chestct.report import json_text
 from chestct.scan import list_scans, load_scan
 
@@ -52,7 +54,7 @@ def test_scans_are_sent_in_batches_without_maps(
     list(classify_paths(client, list_scans(scan_folder), batch_size=3))
     # Seven files in threes, less the two that are broken: 0 1 2, 2t 2t 3, a.
     names = ("probabilities", "domain_distance")
-    assert grpc_peer.model.requests == [(3, names), (1, names), (1, names)]
+    assert sorted(grpc_peer.model.requests) == [(1, names), (1, names), (3, names)]
 
 
 def test_only_broken_files_need_no_request(
@@ -80,7 +82,34 @@ def test_look_ahead_is_bounded(client: ScanClient, scan_folder: Path) -> None:
     for _ in range(6):
         next(lines)
     lines.close()
-    assert drawn <= 12  # two batches, and the one that is held
+    assert drawn <= 20  # four batches, and the one that is being handed out
+
+
+@pytest.mark.parametrize(("protocol", "most"), [("grpc", 2), ("http", 1)])
+def test_requests_under_way_at_once(
+    make_peer: Callable[..., Any], scan_folder: Path, protocol: str, most: int
+) -> None:
+    peer = make_peer(protocol)
+    lock, together = threading.Lock(), threading.Barrier(most, timeout=30)
+    under_way: list[int] = [0, 0]  # now, and the most ever
+
+    def count(name: str, array: np.ndarray) -> np.ndarray:
+        if name == "probabilities":
+            with lock:
+                under_way[0] += 1
+                under_way[1] = max(under_way)
+            together.wait()  # over gRPC a request waits here until another has come
+            time.sleep(0.05)
+            with lock:
+                under_way[0] -= 1
+        return array
+
+    peer.model.bend_output = count
+    with ScanClient(peer.url, retries=0) as client:
+        paths = [scan_folder / "0 (1).png", scan_folder / "1 (1).png"] * 4
+        lines = list(classify_paths(client, paths, batch_size=2))
+    assert [line["path"] for line in lines] == [str(path) for path in paths]
+    assert under_way == [0, most]
 
 
 def test_dicom_is_shown_in_the_window_of_the_model(
@@ -100,13 +129,7 @@ def test_dicom_is_shown_in_the_window_of_the_model(
     assert seen == [Window(40.0, 400.0)]
 
 
-def test_server_death_comes_after_what_is_finished(
-    client: ScanClient, grpc_peer: Any, scan_folder: Path
-) -> None:
-    grpc_peer.model.dies_at_request = 2
-    lines: list[dict[str, Any]] = []
-    with pytest.raises(ServerUnavailableError):
-        lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
+def assert_first_batch_and_errors_of_the_second(lines: list[dict[str, Any]]) -> None:
     names = [(Path(line["path"]).name, line["status"]) for line in lines]
     assert names == [
         ("0 (1).png", "ok"),
@@ -115,6 +138,27 @@ def test_server_death_comes_after_what_is_finished(
         ("2 text.png", "error"),  # of the second batch, which was lost but for these
         ("2 torn.png", "error"),
     ]
+
+
+def test_server_death_comes_after_what_is_finished(
+    make_peer: Callable[..., Any], scan_folder: Path
+) -> None:
+    peer = make_peer("http")
+    peer.model.dies_at_request = 2
+    lines: list[dict[str, Any]] = []
+    with ScanClient(peer.url, retries=0) as client, pytest.raises(ServerUnavailableError):
+        lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
+    assert_first_batch_and_errors_of_the_second(lines)
+
+
+def test_failed_batch_comes_after_what_is_finished(
+    client: ScanClient, grpc_peer: Any, scan_folder: Path
+) -> None:
+    grpc_peer.model.bend_output = lambda _, array: array if len(array) == 3 else array * np.nan
+    lines: list[dict[str, Any]] = []
+    with pytest.raises(InferenceError, match="not finite"):
+        lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
+    assert_first_batch_and_errors_of_the_second(lines)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": 0}])

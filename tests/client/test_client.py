@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
+import os
 import socket
 import ssl
 import threading
@@ -20,7 +22,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from chestct import client as client_module
-from chestct import errors
+from chestct import errors, region
 from chestct.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.errors import (
@@ -422,6 +424,38 @@ def test_large_answers_pass(kind: str, grpc_peer: Any, scans: np.ndarray) -> Non
     assert predictions.activation_map.nbytes > 4 * 2**20
 
 
+def test_scans_go_over_the_wire_where_no_memory_is_shared(
+    kind: str, peer: Any, scans: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "chestct"):
+        predictions = classify(kind, peer.url, scans, shared_memory="auto")
+    assert len(predictions.labels) == 6
+    assert [size for size, _ in peer.model.requests] == [4, 2]
+    # Tried once, not with each piece.
+    (record,) = (record for record in caplog.records if record.name == "chestct.client")
+    assert "scans go over the wire, not through shared memory" in record.getMessage()
+
+
+def test_memory_that_is_asked_for_and_not_shared_is_an_error(
+    kind: str, peer: Any, scans: np.ndarray
+) -> None:
+    with pytest.raises(InferenceError, match="no memory is shared with this server"):
+        classify(kind, peer.url, scans, shared_memory="on")
+    assert peer.model.requests == []
+
+
+def test_memory_that_cannot_be_made(
+    kind: str, peer: Any, scans: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(region, "SharedMemory", no_space)
+    assert len(classify(kind, peer.url, scans, shared_memory="auto").labels) == 6
+    with pytest.raises(InferenceError, match="No space left on device"):
+        classify(kind, peer.url, scans, shared_memory="on")
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -455,6 +489,8 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
     pem.touch()
     with pytest.raises(ValueError, match="retries is -1"):
         AsyncScanClient(retries=-1)
+    with pytest.raises(ValueError, match="shared_memory is 'yes': expected auto, on or off"):
+        ScanClient(shared_memory="yes")
     with pytest.raises(ValueError, match="need grpcs:// or https://"):
         ScanClient("grpc://host:1", tls=TLSOptions(ca=pem))
     with pytest.raises(ValueError, match="is not a file"):

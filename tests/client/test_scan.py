@@ -276,6 +276,38 @@ def test_rescale_comes_before_the_window(
     np.testing.assert_array_equal(grey(data, window), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32])
+def test_every_stored_value_is_shown_as_the_formula_says(
+    grey: Callable[..., np.ndarray], dtype: type
+) -> None:
+    ends = np.iinfo(dtype)
+    values = np.linspace(ends.min, ends.max, 65536).astype(dtype)
+    stored = np.random.default_rng(3).permutation(values).reshape(256, 256)
+    slope, intercept = 1500 / (int(ends.max) - int(ends.min)), -600.25
+    elements = {"RescaleSlope": f"{slope:.10g}", "RescaleIntercept": intercept}
+    hu = stored.astype(np.float64) * float(elements["RescaleSlope"]) + intercept
+    expected = apply_window(hu, LUNG_WINDOW)
+    assert len(np.unique(expected)) > 100
+    np.testing.assert_array_equal(grey(dicom_bytes(stored, **elements)), expected)
+    inverted = grey(dicom_bytes(stored, PhotometricInterpretation="MONOCHROME1", **elements))
+    np.testing.assert_array_equal(inverted, 255 - expected)
+
+
+def test_modality_table_of_the_file_is_used(grey: Callable[..., np.ndarray]) -> None:
+    table = np.random.default_rng(4).integers(0, 900, 200)
+    entry = pydicom.Dataset()
+    entry.LUTDescriptor = [200, 10, 16]  # entries, the first stored value mapped, bits
+    entry.ModalityLUTType = "HU"
+    entry.add_new("LUTData", "US", table.tolist())
+    stored = np.random.default_rng(5).integers(0, 256, (64, 48)).astype(np.uint16)
+    data = dicom_bytes(
+        stored, RescaleSlope=None, RescaleIntercept=None, ModalityLUTSequence=[entry]
+    )
+    # Values before the first take the first entry, those behind the last the last: PS3.3 C.11.1.1.
+    hu = table[np.clip(stored.astype(int) - 10, 0, 199)]
+    np.testing.assert_array_equal(grey(data, SOFT_WINDOW), apply_window(hu, SOFT_WINDOW))
+
+
 def test_12_bits_stored_in_16(grey: Callable[..., np.ndarray]) -> None:
     stored = (hu_slice() + 1500).astype(np.uint16)
     data = dicom_bytes(stored, BitsStored=12, HighBit=11, RescaleIntercept=-1500)
@@ -407,6 +439,27 @@ def test_threads_leave_the_warning_filters_alone() -> None:
     for thread in threads:
         thread.join(timeout=30)
     assert warnings.filters == before
+
+
+def test_threads_decode_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=30)  # breaks where one would wait for the other
+    read, outcomes = pydicom.dcmread, []
+
+    def read_together(*arguments: Any, **options: Any) -> Any:
+        together.wait()
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pydicom, "dcmread", read_together)
+    data = dicom_bytes(hu_slice())
+    threads = [
+        threading.Thread(target=lambda: outcomes.append(decode_scan(data, "slice.dcm").shape))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert outcomes == [(224, 224, 1)] * 2
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from chestct.contract import LUNG_WINDOW, ModelFacts
 from serving.local import LocalTriton, LocalTritonError, find_installation
 
 CHECKOUT = Path(__file__).parents[2]
@@ -141,6 +142,16 @@ def repository(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[.
     config = folder / "unbatched" / "config.pbtxt"
     config.write_text(config.read_text().replace("dims: [", "dims: [1, "))
     write_model(folder, "text", "dynamic_batching { }")
+    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
+    quoted = {key: json.dumps(value) for key, value in facts.to_parameters().items()}
+    write_model(
+        folder,
+        "whole",
+        "".join(
+            f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}\n'
+            for key, value in quoted.items()
+        ),
+    )
     return folder
 
 

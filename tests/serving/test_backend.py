@@ -233,6 +233,39 @@ def test_openvino_without_its_package_is_refused(
     assert message(backend.uses_openvino, config) == expected
 
 
+def test_parameters_that_the_native_backend_passes_over_are_refused(
+    backend: ModuleType, model_config: dict[str, Any]
+) -> None:
+    entry = {"name": "openvino", "parameters": {"num_threads": "2"}}
+    config = with_accelerator(model_config, "cpu", entry)
+    expected = "unknown parameter 'num_threads' is provided for OpenVINO Execution Accelerator"
+    assert message(backend.uses_openvino, config) == expected
+
+
+@pytest.fixture(params=[1, 3])
+def batch(request: pytest.FixtureRequest, scans: np.ndarray) -> dict[str, np.ndarray]:
+    return {"scan": scans[: request.param]}
+
+
+def test_both_engines_see_and_calculate_the_same(
+    backend: ModuleType,
+    tmp_path: Path,
+    write_model: Callable[..., Path],
+    batch: dict[str, np.ndarray],
+) -> None:
+    pytest.importorskip("openvino", reason="needs the package openvino")
+    path = write_model(tmp_path, "chestct")
+    settings = {"intra_op_num_threads": 1}
+    expected, *facts = backend.onnxruntime_engine(path, settings, [("CPUExecutionProvider", {})])
+    found, *openvino_facts = backend.openvino_engine(path, settings)
+    assert facts == openvino_facts == [INPUTS, OUTPUTS]
+    names = list(OUTPUTS)
+    first, answers = found(names, batch), expected(names, batch)
+    found(names, {"scan": 255 - batch["scan"]})  # must not overwrite the answer before
+    for name in names:
+        np.testing.assert_allclose(first[name], answers[name], rtol=1e-5, atol=1e-6)
+
+
 def test_cpu_instance_ignores_gpu_accelerators(
     backend: ModuleType, model_config: dict[str, Any]
 ) -> None:

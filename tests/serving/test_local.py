@@ -29,6 +29,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
+from chestct.client import ScanClient
 from serving import local
 from serving.local import LocalTriton, LocalTritonError, find_installation, main
 
@@ -166,11 +167,31 @@ def test_thread_counts_are_honoured(server: LocalTriton) -> None:
     assert num_threads["threads"] - num_threads["chestct"] == 4 - 1
 
 
+def test_openvino_runs_without_onnxruntime_in_its_memory(server: LocalTriton) -> None:
+    found = stubs(server.pid)
+    libraries = {name: Path(f"/proc/{pid}/maps").read_text() for name, pid in found.items()}
+    assert "onnxruntime_pybind11" in libraries["chestct"]
+    assert "libopenvino" not in libraries["chestct"]
+    assert "libopenvino" in libraries["openvino"]
+    assert "onnxruntime_pybind11" not in libraries["openvino"]
+
+
+def test_peak_memory_is_that_of_the_server_and_its_backend_processes(server: LocalTriton) -> None:
+    def peak_mb(pid: int) -> float:
+        (line,) = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        return int(line) / 1024
+
+    pids = [server.pid, *children(server.pid)]
+    assert len(pids) == 8  # six models, one of them with two instances
+    before = sum(map(peak_mb, pids))
+    assert before <= server.peak_memory_mb() <= sum(map(peak_mb, pids)) + 1
+
+
 def test_every_model_is_checked_by_inference(server: LocalTriton) -> None:
     before = {name: statistics(server, name)["inference_count"] for name, _ in server.models()}
     assert server.check() == []
     after = {name: statistics(server, name)["inference_count"] for name, _ in server.models()}
-    assert set(before) == {"chestct", "threads", "openvino", "unbatched", "text"}
+    assert set(before) == {"chestct", "threads", "openvino", "unbatched", "text", "whole"}
     assert all(after[name] > before[name] for name in before)
 
 
@@ -194,7 +215,49 @@ def test_admin_apis_need_the_key(server: LocalTriton) -> None:
     refused.value.close()
     request.add_header("admin-key", server.admin_key)
     with urllib.request.urlopen(request, timeout=5) as reply:
-        assert len(json.load(reply)) == 5
+        assert len(json.load(reply)) == 6
+
+
+def client_of(server: LocalTriton, protocol: str, **options: Any) -> ScanClient:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    return ScanClient(url, "whole", **options)
+
+
+def registered_regions(server: LocalTriton) -> list[str]:
+    url = f"{server.http_url}/v2/systemsharedmemory/status"
+    with urllib.request.urlopen(url, timeout=5) as reply:
+        return [region["name"] for region in json.load(reply)]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_client_shares_memory_with_the_server(
+    server: LocalTriton, scans: np.ndarray, protocol: str
+) -> None:
+    batch = np.concatenate([scans, scans[:3] // 2])  # two pieces, 8 and 3
+    with client_of(server, protocol) as client:
+        expected = client.classify(batch)
+    with client_of(server, protocol, shared_memory="on") as client:
+        for _ in range(2):
+            found = client.classify(batch)
+            np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+            np.testing.assert_array_equal(found.activation_map, expected.activation_map)
+            np.testing.assert_array_equal(found.domain_distance, expected.domain_distance)
+        (name,) = registered_regions(server)  # one, used again
+        assert Path("/dev/shm", name).exists()
+    assert registered_regions(server) == []
+    assert not Path("/dev/shm", name).exists()
+
+
+def test_threads_have_a_region_each(server: LocalTriton, scans: np.ndarray) -> None:
+    with client_of(server, "grpc") as client:
+        expected = client.classify(scans).probabilities
+    with client_of(server, "grpc", shared_memory="on") as client, ThreadPoolExecutor(4) as pool:
+        for place, found in enumerate(
+            pool.map(lambda i: client.classify(scans[i % 8 :]), range(48))
+        ):
+            np.testing.assert_allclose(found.probabilities, expected[place % 8 :], rtol=1e-5)
+        assert 1 <= len(registered_regions(server)) <= 4
+    assert registered_regions(server) == []
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +278,57 @@ def patient_repository(
     folder = tmp_path_factory.mktemp("patient")
     write_model(folder, "chestct", "dynamic_batching { max_queue_delay_microseconds: 1000000 }")
     return folder
+
+
+@pytest.fixture(scope="module")
+def mortal_whole(repository: Path, environment: Path) -> Iterator[LocalTriton]:
+    """A server that tests may restart; of all models in its repository it loads one."""
+    with LocalTriton(repository, environment=environment, models=["whole"]) as running:
+        yield running
+
+
+def test_only_the_named_models_are_loaded(mortal_whole: LocalTriton) -> None:
+    assert mortal_whole.models() == [("whole", "1")]
+    assert mortal_whole.check() == []
+    mortal_whole.restart()
+    assert mortal_whole.models() == [("whole", "1")]
+    assert list(stubs(mortal_whole.pid)) == ["whole"]
+
+
+def test_named_model_that_is_unloaded_is_missed(mortal_whole: LocalTriton) -> None:
+    url = f"{mortal_whole.http_url}/v2/repository/models/whole"
+    for action, expected in (("unload", ["model 'whole' is not ready"]), ("load", [])):
+        request = urllib.request.Request(f"{url}/{action}", data=b"{}")
+        request.add_header("admin-key", mortal_whole.admin_key)
+        urllib.request.urlopen(request, timeout=LIMIT_S).close()
+        wait_until(lambda want=expected: mortal_whole.check() == want, f"{action} seen")
+
+
+def test_named_model_that_is_not_there(repository: Path, environment: Path) -> None:
+    server = LocalTriton(repository, environment=environment, models=["whole", "chestct_int4"])
+    expected = (
+        f"{repository} holds no chestct_int4; its models are chestct, openvino, text, threads, "
+        "unbatched, whole"
+    )
+    with pytest.raises(LocalTritonError, match=re.escape(expected)):
+        server.start()
+    with pytest.raises(LocalTritonError, match="does not run"):
+        server.peak_memory_mb()
+    with pytest.raises(ValueError, match="poll loads all"):
+        LocalTriton(repository, models=["whole"], control_mode="poll")
+
+
+def test_named_model_that_does_not_load_is_told_with_its_reason(
+    tmp_path: Path, environment: Path, write_model: Callable[..., Path]
+) -> None:
+    write_model(tmp_path, "sound")
+    openvino = 'cpu_execution_accelerator [{ name: "openvino" }]'
+    extra = f"optimization {{ execution_accelerators {{ {openvino} }} }}"
+    write_model(tmp_path, "dims", extra, replace=("dims: [3]", "dims: [4]"))
+    server = LocalTriton(tmp_path, environment=environment, models=["dims"])
+    expected = "model 'dims', tensor 'probabilities': the model expects 2 dimensions"
+    with pytest.raises(LocalTritonError, match=expected):
+        server.start()
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +361,21 @@ def test_killed_process_is_noticed_and_the_server_restarted(
     assert not alive(old_pid)
     assert not alive(old_stub)
     wait_until(lambda: mortal.check() == [], "a sound check")  # HTTP opens after gRPC
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_client_shares_memory_again_after_a_restart(
+    mortal_whole: LocalTriton, scans: np.ndarray, protocol: str
+) -> None:
+    with client_of(mortal_whole, protocol, shared_memory="on") as client:
+        expected = client.classify(scans).probabilities
+        before = registered_regions(mortal_whole)
+        mortal_whole.restart()
+        np.testing.assert_array_equal(client.classify(scans).probabilities, expected)
+        after = registered_regions(mortal_whole)
+        assert len(before) == len(after) == 1
+        assert before != after
+        assert not Path("/dev/shm", before[0]).exists()
 
 
 def test_watch_gives_up_on_a_server_that_cannot_restart(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import training.weights
-from training.model import build_classifier
-from training.weights import convolution_names, load_backbone_weights
+from training.model import build_classifier, convolution_names
+from training.weights import load_backbone_weights
 
 BRAIN_MRI_SHA256 = "d9a27cc1fc7f975ef8cff49180e794ccd7c4bc868ebb49740803b3bbaa8dbefd"
 
@@ -18,7 +18,7 @@ def model() -> keras.Model:
 
 def test_names_are_the_convolutions_of_vgg16(model):
     kernels = [layer.name for layer in model.layers if layer.name.startswith("block")]
-    assert [name for name in kernels if "conv" in name] == list(convolution_names())
+    assert [name for name in kernels if "conv" in name] == convolution_names()
     assert len(convolution_names()) == 13
 
 

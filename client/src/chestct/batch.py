@@ -6,9 +6,10 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from chestct.scan import load_scan
 
 __all__ = ["classify_paths", "finished_paths"]
 
+NUM_REQUESTS = 2
+MAX_WORKERS = 8
 LINE_START = b'{"path": '  # how `report.json_text` begins every record
 
 
@@ -33,19 +36,25 @@ class _Decoded:
     decode_ms: float
 
 
+_Outcome = tuple[list[dict[str, Any]], ServerError | None]
+
+
 def classify_paths(
-    client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int = 2
+    client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """One record for each scan file, in the order of `paths`.
 
-    Files are decoded by threads while the batch before them is on the wire; at most two batches
-    are held. A file that cannot be decoded becomes a record of its error, and the rest goes on.
+    Files are decoded by threads while earlier ones are on the wire. Over gRPC two requests are
+    under way at once, so that a server always has the next one and one with several instances has
+    work for two; over HTTP it is one, because a connection belongs to one thread. At most four
+    batches are held. A file that cannot be decoded becomes a record of its error, and the rest
+    goes on.
 
     Args:
         client: A connected client.
         paths: Scan files; drawn from as needed, so it may be endless.
         batch_size: How many files go into one request.
-        workers: How many threads decode.
+        workers: How many threads decode; by default one for each processor, but at most 8.
 
     Yields:
         Records as made by `chestct.report`.
@@ -54,22 +63,36 @@ def classify_paths(
         ServerError: The server failed; what was finished before has been yielded.
         ValueError: `batch_size` or `workers` below 1.
     """
+    workers = min(os.cpu_count() or 1, MAX_WORKERS) if workers is None else workers
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size {batch_size}, workers {workers}: expected at least 1 each")
     window = client.facts.window
     coming = iter(paths)
     ahead: deque[Future[_Decoded]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    sent: deque[Callable[[], _Outcome]] = deque()
+    max_sent = NUM_REQUESTS if client.url.startswith("grpc") else 1
+    decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    senders = ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="send")
     try:
         while True:
             while len(ahead) < 2 * batch_size and (path := next(coming, None)) is not None:
-                ahead.append(pool.submit(_decode, path, window))
-            if not ahead:
+                ahead.append(decoders.submit(_decode, path, window))
+            if ahead and len(sent) < max_sent:
+                batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+                if max_sent == 1:
+                    sent.append(partial(_classified, client, batch))
+                else:
+                    sent.append(senders.submit(_classified, client, batch).result)
+            elif sent:
+                lines, error = sent.popleft()()
+                yield from lines
+                if error is not None:
+                    raise error
+            else:
                 return
-            batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
-            yield from _lines(client, batch)
     finally:
-        pool.shutdown(cancel_futures=True)
+        senders.shutdown(cancel_futures=True)
+        decoders.shutdown(cancel_futures=True)
 
 
 def _decode(path: Path, window: Window) -> _Decoded:
@@ -82,7 +105,8 @@ def _decode(path: Path, window: Window) -> _Decoded:
     return _Decoded(str(path), scan, 1000 * (time.perf_counter() - start))
 
 
-def _lines(client: ScanClient, batch: list[_Decoded]) -> Iterator[dict[str, Any]]:
+def _classified(client: ScanClient, batch: list[_Decoded]) -> _Outcome:
+    """The records of a batch in its order, those of its errors alone when the server failed."""
     lines: dict[int, dict[str, Any]] = {}
     scans: dict[int, npt.NDArray[np.uint8]] = {}
     for place, item in enumerate(batch):
@@ -94,16 +118,15 @@ def _lines(client: ScanClient, batch: list[_Decoded]) -> Iterator[dict[str, Any]
         start = time.perf_counter()
         try:
             predictions = client.classify(np.stack(list(scans.values())), with_map=False)
-        except ServerError:
-            yield from lines.values()
-            raise
+        except ServerError as error:
+            return list(lines.values()), error
         infer_ms = 1000 * (time.perf_counter() - start) / len(scans)
         for index, place in enumerate(scans):
             item = batch[place]
             lines[place] = result_line(
                 item.path, predictions, index, decode_ms=item.decode_ms, infer_ms=infer_ms
             )
-    yield from (lines[place] for place in range(len(batch)))
+    return [lines[place] for place in range(len(batch))], None
 
 
 def finished_paths(output: Path) -> set[str]:

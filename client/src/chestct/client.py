@@ -7,13 +7,15 @@ sent the outcome; `ScanClient` and `AsyncScanClient` only carry these steps out.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import random
 import ssl
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -38,8 +40,11 @@ from chestct.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from chestct.region import Region, SharedAnswer
 
 __all__ = ["AsyncScanClient", "Health", "Predictions", "ScanClient", "TLSOptions"]
+
+logger = logging.getLogger(__name__)
 
 Float32Array = npt.NDArray[np.float32]
 ScanArray = npt.NDArray[np.uint8]
@@ -47,6 +52,7 @@ T = TypeVar("T")
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.05, 1.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.2, 2.0
+RELEASE_TIMEOUT_S = 2.0  # closing does not wait for a server that has gone
 MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC's own default of 4 MiB is too small for a batch of maps
 # How tritonclient spells what gRPC and HTTP say; every other status is an InferenceError.
 ERROR_BY_STATUS: Mapping[str, type[ServerError]] = {
@@ -186,6 +192,7 @@ class _Session:
         connect_timeout_s: float = 30.0,
         tls: TLSOptions | None = None,
         retries: int = 3,
+        shared_memory: Literal["auto", "on", "off"] = "off",
     ) -> None:
         """Checks the arguments; nothing is sent before `connect`.
 
@@ -197,6 +204,11 @@ class _Session:
             connect_timeout_s: Deadline of `connect`.
             tls: Certificates, for grpcs:// and https:// only.
             retries: How often a request is sent again when the server is unavailable.
+            shared_memory: `on` passes scans and answers through memory shared with a server on this
+                host, and fails where that cannot be; `auto` then goes back to the wire and logs
+                why. `off` by default, because it gains little: on 2 cores, over gRPC, nothing that
+                can be told from noise for one scan (50 KB), and 0.2 ms of 1.0 ms of the client's
+                own time for 8 scans.
 
         Raises:
             ValueError: An argument out of range, or an address of another form.
@@ -209,6 +221,8 @@ class _Session:
                 raise ValueError(f"{name} is {value}: expected a positive number of seconds")
         if retries < 0:
             raise ValueError(f"retries is {retries}: expected 0 or more")
+        if shared_memory not in ("auto", "on", "off"):
+            raise ValueError(f"shared_memory is {shared_memory!r}: expected auto, on or off")
         self.url = url
         self.model = model
         self.version = version
@@ -219,6 +233,11 @@ class _Session:
         self._known: _Served | None = None
         self._wire: Any = None
         self._wire_timeout_s = timeout_s
+        self._shares_memory = shared_memory != "off"
+        self._needs_memory = shared_memory == "on"
+        self._idle_regions: list[
+            Region
+        ] = []  # one for each request that was ever under way at once
 
     @property
     def facts(self) -> ModelFacts:
@@ -311,8 +330,13 @@ class _Session:
     def _infer_steps(self, scans: ScanArray, with_map: bool) -> _Steps[Predictions]:
         names = [name for name in OUTPUT_NAMES if with_map or name != "activation_map"]
         deadline = time.monotonic() + self.timeout_s
-        arguments = self._infer_arguments(scans, names)
-        result = yield from self._retried_steps(_Call("infer", arguments, self.timeout_s), deadline)
+        result = None
+        if self._shares_memory:
+            result = yield from self._shared_steps(scans, names, deadline)
+        if result is None:
+            arguments = self._infer_arguments(scans, names)
+            call = _Call("infer", arguments, self.timeout_s)
+            result = yield from self._retried_steps(call, deadline)
         version = _version_of(result) or self.model_version
         if version != self.model_version:  # rolled out meanwhile: its labels may be others
             self._known = yield from self._read_model_steps(version, deadline)
@@ -329,6 +353,73 @@ class _Session:
             self.model,
             version,
         )
+
+    def _shared_steps(
+        self, scans: ScanArray, names: Sequence[str], deadline: float
+    ) -> _Steps[SharedAnswer | None]:
+        """The answer by way of shared memory; None when the scans have to go over the wire."""
+        refusal: ServerError | None = None
+        for _ in range(2):  # a server that was started anew does not know the regions of before
+            try:
+                region = self._idle_regions.pop()
+            except IndexError:
+                new = yield from self._new_region_steps(deadline)
+                if new is None:
+                    return None
+                region = new
+            region.write(scans)
+            arguments = self._infer_arguments(scans, names, region)
+            try:
+                result = yield from self._retried_steps(
+                    self._call_until(deadline, "infer", arguments), deadline
+                )
+            except BaseException as error:
+                # It stays registered: the server might still be using its own view.
+                region.close()
+                if not isinstance(error, InferenceError) or region.name not in str(error):
+                    raise
+                refusal = error
+                while self._idle_regions:
+                    self._idle_regions.pop().close()
+            else:
+                outputs = {name: region.read(name, len(scans)) for name in names}
+                self._idle_regions.append(region)
+                return SharedAnswer(result, outputs)
+        self._go_without_memory(refusal)
+        return None
+
+    def _new_region_steps(self, deadline: float) -> _Steps[Region | None]:
+        served = self._served
+        try:
+            region = Region(served.max_batch_size, len(served.facts.labels))
+        except OSError as error:
+            self._go_without_memory(error)
+            return None
+        arguments = {"name": region.name, "key": f"/{region.name}", "byte_size": region.num_bytes}
+        try:
+            yield self._call_until(deadline, "register_system_shared_memory", arguments)
+        except ServerError as error:
+            region.close()
+            self._go_without_memory(error)
+            return None
+        return region
+
+    def _go_without_memory(self, reason: Exception | None) -> None:
+        if self._needs_memory:
+            raise InferenceError(
+                f"{self.url}: no memory is shared with this server ({reason}). It must run on this "
+                "host under this user and permit it; or choose shared_memory='auto'."
+            ) from reason
+        self._shares_memory = False
+        logger.info("%s: scans go over the wire, not through shared memory: %s", self.url, reason)
+
+    def _release_steps(self) -> _Steps[None]:
+        while self._idle_regions:
+            region = self._idle_regions.pop()
+            region.close()
+            with contextlib.suppress(ServerError):
+                name = {"name": region.name}
+                yield _Call("unregister_system_shared_memory", name, RELEASE_TIMEOUT_S)
 
     def _retried_steps(self, call: _Call, deadline: float) -> _Steps[Any]:
         for attempt in range(self.retries + 1):
@@ -361,14 +452,21 @@ class _Session:
     def _named(self, version: str) -> dict[str, str]:
         return {"model_name": self.model, "model_version": version}
 
-    def _infer_arguments(self, scans: ScanArray, names: Sequence[str]) -> dict[str, Any]:
+    def _infer_arguments(
+        self, scans: ScanArray, names: Sequence[str], region: Region | None = None
+    ) -> dict[str, Any]:
         if self._is_grpc:
             from tritonclient.grpc import InferInput, InferRequestedOutput
         else:  # its inputs and outputs are binary by default
             from tritonclient.http import InferInput, InferRequestedOutput
         tensor = InferInput(INPUT_NAME, list(scans.shape), input_spec().dtype)
-        tensor.set_data_from_numpy(scans)
         outputs = [InferRequestedOutput(name) for name in names]
+        if region is None:
+            tensor.set_data_from_numpy(scans)
+        else:
+            tensor.set_shared_memory(**region.place(INPUT_NAME, len(scans)))
+            for output in outputs:
+                output.set_shared_memory(**region.place(output.name(), len(scans)))
         return {**self._named(self.version), "inputs": [tensor], "outputs": outputs}
 
     def _grpc_options(self) -> dict[str, Any]:
@@ -457,6 +555,7 @@ class ScanClient(_Session):
 
     def close(self) -> None:
         """Closes the connection; over HTTP an open one would keep the server from stopping."""
+        self._run(self._release_steps())
         self._known = None
         wire, self._wire = self._wire, None
         if wire is not None:
@@ -539,6 +638,7 @@ class AsyncScanClient(_Session):
 
     async def close(self) -> None:
         """Closes the connection."""
+        await self._run(self._release_steps())
         self._known = None
         wire, self._wire = self._wire, None
         if wire is not None:

@@ -7,7 +7,6 @@ to Hounsfield units first and shown in a window after that.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import struct
@@ -54,8 +53,31 @@ BARE_DICOM_SIGNATURES = (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00", b"\x08\x00")
 DEFLATED_TRANSFER_SYNTAX = b"\x02\x00\x10\x00UI\x16\x001.2.840.10008.1.2.1.99"
 ACCEPTED = "expected an axial slice as PNG, JPEG or DICOM"
 
-# `warnings.catch_warnings` changes the whole process and is not safe in threads by itself.
-_warnings_lock = threading.Lock()
+# All that is read of a DICOM file: what says how to decode the pixels, and how to show them.
+DICOM_KEYWORDS = (
+    "Modality",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "RescaleType",
+    "ModalityLUTSequence",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+    "FloatPixelData",
+    "DoubleFloatPixelData",
+    "PixelData",
+)
 
 
 def apply_window(
@@ -100,7 +122,10 @@ def resize_scan(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """
     if grey.dtype != np.uint8 or grey.ndim != 2:
         raise ValueError(f"grey is {grey.dtype} {grey.shape}: expected uint8 (H, W)")
-    picture = Image.fromarray(grey)
+    return _resized(Image.fromarray(grey))
+
+
+def _resized(picture: Image.Image) -> npt.NDArray[np.uint8]:
     resized = picture.resize((SCAN_SIZE, SCAN_SIZE), Image.Resampling.BILINEAR)
     return np.array(resized)[:, :, np.newaxis]
 
@@ -119,7 +144,7 @@ def decode_scan(data: bytes, name: str, window: Window = LUNG_WINDOW) -> npt.NDA
     Raises:
         ScanDecodeError: The bytes are no readable single grey slice.
     """
-    return resize_scan(_decode_grey(data, name, window))
+    return _resized(_decode_grey(data, name, window))
 
 
 def load_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt.NDArray[np.uint8]:
@@ -135,7 +160,7 @@ def load_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
     Raises:
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    return resize_scan(load_grey(path, window))
+    return decode_scan(_read_file(path), os.fspath(path), window)
 
 
 def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt.NDArray[np.uint8]:
@@ -151,7 +176,7 @@ def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
     Raises:
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    return _decode_grey(_read_file(path), os.fspath(path), window)
+    return np.array(_decode_grey(_read_file(path), os.fspath(path), window))
 
 
 def list_scans(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -238,13 +263,17 @@ def _require_sides(width: int, height: int, name: str) -> None:
         )
 
 
-def _decode_grey(data: bytes, name: str, window: Window) -> npt.NDArray[np.uint8]:
+def _decode_grey(data: bytes, name: str, window: Window) -> Image.Image:
+    """A picture of mode L, in the size of the file."""
     _require_size(len(data), name)
     is_dicom = data[128:132] == b"DICM" or data.startswith(BARE_DICOM_SIGNATURES)
     if not is_dicom and not data.startswith((PNG_SIGNATURE, JPEG_SIGNATURE)):
         raise ScanDecodeError(f"{name}: neither PNG, JPEG nor DICOM by its content, {ACCEPTED}")
     try:
-        return _grey_from_dicom(data, name, window) if is_dicom else _grey_from_picture(data, name)
+        with _without_warnings:
+            if is_dicom:
+                return Image.fromarray(_grey_from_dicom(data, name, window))
+            return _grey_from_picture(data, name)
     except ScanDecodeError:
         raise
     except Exception as error:  # broken files make the decoders raise nearly anything
@@ -255,24 +284,49 @@ def _decode_grey(data: bytes, name: str, window: Window) -> npt.NDArray[np.uint8
         ) from error
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+class _WithoutWarnings:
+    """Silence of `warnings` as long as any thread is inside.
+
+    `warnings.catch_warnings` changes the whole process: threads that overlap would restore each
+    other's filters, and one at a time could not decode side by side.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_inside == 0:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if self._num_inside == 0:
+                self._caught.__exit__(None, None, None)
 
 
-def _grey_from_picture(data: bytes, name: str) -> npt.NDArray[np.uint8]:
-    with _without_warnings():
-        picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
+_without_warnings = _WithoutWarnings()
+
+
+def _grey_from_picture(data: bytes, name: str) -> Image.Image:
+    picture: Image.Image = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
     _require_sides(picture.width, picture.height, name)
     if picture.mode.startswith("I"):
-        return _grey_from_16_bit(np.asarray(picture), name)
+        return Image.fromarray(_grey_from_16_bit(np.asarray(picture), name))
     if picture.has_transparency_data:
-        coloured = picture.convert("RGBA")
-        black = Image.new("L", picture.size)
-        return np.array(Image.composite(coloured.convert("L"), black, coloured.getchannel("A")))
-    return np.array(picture.convert("L"))
+        coloured = picture.convert("RGBA") if picture.mode != "RGBA" else picture
+        opacity = coloured.getchannel("A")
+        if opacity.getextrema() != (255, 255):
+            black = Image.new("L", picture.size)
+            return Image.composite(coloured.convert("L"), black, opacity)
+        picture = coloured
+    return picture.convert("L")
 
 
 def _grey_from_16_bit(samples: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
@@ -287,22 +341,35 @@ def _grey_from_16_bit(samples: npt.NDArray[Any], name: str) -> npt.NDArray[np.ui
 
 
 def _grey_from_dicom(data: bytes, name: str, window: Window) -> npt.NDArray[np.uint8]:
-    """Order: stored values, rescale to HU, window, then padding and MONOCHROME1."""
+    """Order: stored values, rescale to HU, window, then MONOCHROME1 and padding."""
     from pydicom import dcmread
-    from pydicom.pixels import apply_modality_lut
 
     _require_honest_deflation(data, name)
-    with _without_warnings():
-        dataset = dcmread(BytesIO(data), force=True)
-        _require_one_grey_frame(dataset, name)
-        stored = _stored_values(dataset, name)
-        hu = apply_modality_lut(stored, dataset)
-        padding = _padding(dataset, stored)
+    dataset = dcmread(BytesIO(data), force=True, specific_tags=list(DICOM_KEYWORDS))
+    _require_one_grey_frame(dataset, name)
+    stored = _stored_values(dataset, name)
+    if stored.dtype.kind not in "iu" or stored.dtype.itemsize > 2:
+        return _grey_from_stored(stored, dataset, name, window)
+    # Each step looks at one value alone, so a table of the values that may occur says the same.
+    values = np.arange(int(stored.min()), int(stored.max()) + 1).astype(stored.dtype)
+    unsigned = f"u{stored.dtype.itemsize}"
+    table = np.zeros(1 << (8 * stored.dtype.itemsize), np.uint8)
+    table[values.view(unsigned)] = _grey_from_stored(values, dataset, name, window)
+    return table.take(stored.view(unsigned))
+
+
+def _grey_from_stored(
+    stored: npt.NDArray[Any], dataset: Dataset, name: str, window: Window
+) -> npt.NDArray[np.uint8]:
+    from pydicom.pixels import apply_modality_lut
+
+    hu = apply_modality_lut(stored, dataset)
     if not np.isfinite(hu).all():
         raise ScanDecodeError(f"{name}: pixel values that are not finite, expected numbers")
     grey = apply_window(hu, window)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey  # the lowest value is shown white: DICOM PS3.3 C.7.6.3.1.2
+    padding = _padding(dataset, stored)
     if padding is not None:
         grey[padding] = 0
     return grey
@@ -345,10 +412,10 @@ def _stored_values(dataset: Dataset, name: str) -> npt.NDArray[Any]:
         dataset.file_meta.TransferSyntaxUID = (
             ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
         )
+    syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        stored: npt.NDArray[Any] = dataset.pixel_array
+        stored, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=True)
     except Exception as error:
-        syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed:
             raise
         try:
@@ -361,7 +428,8 @@ def _stored_values(dataset: Dataset, name: str) -> npt.NDArray[Any]:
         raise ScanDecodeError(
             f"{name}: pixels compressed as {syntax.name} cannot be decoded here. {remedy}."
         ) from error
-    return stored
+    native: npt.NDArray[Any] = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    return native
 
 
 def _padding(dataset: Dataset, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:

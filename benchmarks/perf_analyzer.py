@@ -1,0 +1,100 @@
+"""NVIDIA's perf_analyzer on a running server: a load from C++, where ours is from Python."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PARTS_US = {
+    "queue": ("Server Queue",),
+    "compute": ("Server Compute Input", "Server Compute Infer", "Server Compute Output"),
+}
+UNSTABLE = 2  # exit code where no three windows agreed; the figures of the last ones are written
+
+
+def find_perf_analyzer() -> list[str] | None:
+    """The command that starts perf_analyzer: the words of `PERF_ANALYZER`, or the one on PATH.
+
+    The variable may hold a loader in front, for systems with an older C library than it wants.
+    None where there is no command that answers `--version` as perf_analyzer does: pip installs an
+    empty placeholder of that name where the wheel does not fit.
+    """
+    named = os.environ.get("PERF_ANALYZER")
+    command = shlex.split(named) if named else [shutil.which("perf_analyzer") or ""]
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return command if "Perf Analyzer" in done.stdout + done.stderr else None
+
+
+def perf_analyzer_rows(
+    command: Sequence[str], grpc_url: str, model: str, concurrency: Sequence[int], window_s: float
+) -> list[dict[str, Any]]:
+    """One row for each concurrency, over gRPC, one scan a request, in the manner of our own rows.
+
+    Args:
+        command: From `find_perf_analyzer`.
+        grpc_url: Address of the server, `grpc://HOST:PORT`.
+        model: Name of the model.
+        concurrency: Requests in flight.
+        window_s: Seconds of a window; it measures three to five of them.
+
+    Raises:
+        ValueError: perf_analyzer failed.
+    """
+    rows = []
+    for number in concurrency:
+        with tempfile.TemporaryDirectory() as folder:
+            table = Path(folder) / "table.csv"
+            options = (
+                f"-m {model} -u {grpc_url.removeprefix('grpc://')} -i grpc -b 1 "
+                f"--concurrency-range {number}:{number} -r 5 -s 50 "
+                f"--measurement-interval {round(1000 * window_s)} -f {table}"
+            )
+            done = subprocess.run(
+                [*command, *shlex.split(options)], capture_output=True, text=True, timeout=300
+            )
+            if not table.is_file() or done.returncode not in (0, UNSTABLE):
+                said = " ".join((done.stderr or done.stdout).split())[-300:]
+                raise ValueError(f"perf_analyzer exited with {done.returncode}: {said}")
+            rows += [
+                row | {"model": model, "stable": done.returncode == 0}
+                for row in rows_of_table(table.read_text())
+            ]
+    return rows
+
+
+def rows_of_table(text: str) -> list[dict[str, Any]]:
+    """The rows of the CSV that perf_analyzer writes with `-f`; it tells times in microseconds.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    rows = []
+    for line in csv.DictReader(text.splitlines()):
+        try:
+            rows.append(
+                {
+                    "concurrency": int(line["Concurrency"]),
+                    "scans_per_s": round(float(line["Inferences/Second"]), 2),
+                    "p50_ms": round(float(line["p50 latency"]) / 1000, 3),
+                    "p99_ms": round(float(line["p99 latency"]) / 1000, 3),
+                    "parts_ms": {
+                        part: round(sum(float(line[name]) for name in names) / 1000, 3)
+                        for part, names in PARTS_US.items()
+                    },
+                }
+            )
+        except KeyError as error:
+            raise ValueError(
+                f"perf_analyzer wrote no column {error}; it has {list(line)}"
+            ) from error
+    return rows

@@ -1,0 +1,181 @@
+"""The variants of the model that are there to be measured, and what each is worth."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.engines import Infer
+from export.onnx import sha256_of
+from export.repository import parsed_config
+from training.metrics import score
+from training.scans import ScanSet
+
+SCORING_BATCH = 8
+THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model file, and the model of Triton's repository that serves it.
+
+    Attributes:
+        name: `fp32`, `int8`, `compressed`, ...
+        folder: Holds `model.onnx`.
+        repository: Triton's model repository.
+        config: What Triton reads of its model there, a `ModelConfig`; None if it is not served.
+    """
+
+    name: str
+    folder: Path
+    repository: Path
+    config: Any
+
+    @property
+    def served_as(self) -> str:
+        """Name of the model in the repository."""
+        return f"chestct_{self.name}"
+
+    @property
+    def size_mb(self) -> float:
+        """Megabytes of the model file."""
+        return (self.folder / "model.onnx").stat().st_size / 1e6
+
+    def settings(self) -> dict[str, Any]:
+        """How Triton runs it: engine, threads (0 = one a core), instances, batching."""
+        batching = self.config.HasField("dynamic_batching")
+        parameters = self.config.parameters
+        threads = (
+            "intra_op_thread_count" in parameters
+            and parameters["intra_op_thread_count"].string_value
+        )
+        return {
+            "engine": self._engine(),
+            "threads": int(threads or 0),
+            "instances": sum(group.count for group in self.config.instance_group),
+            "max_batch_size": self.config.max_batch_size,
+            "dynamic_batching": batching,
+            "max_queue_delay_us": (
+                self.config.dynamic_batching.max_queue_delay_microseconds if batching else 0
+            ),
+        }
+
+    def _engine(self) -> str:
+        """The engine inside Triton, by the names of `export.repository.ENGINES`."""
+        if self.config.backend == "tensorrt":
+            return "tensorrt-plan"
+        listed = self.config.optimization.execution_accelerators
+        for item in listed.gpu_execution_accelerator:
+            return f"onnxruntime-{item.name}"
+        names = [item.name for item in listed.cpu_execution_accelerator]
+        return "openvino" if "openvino" in names else "onnxruntime"
+
+
+def find_variants(
+    folders: Mapping[str, Any], repository: Path
+) -> tuple[list[Variant], dict[str, str]]:
+    """The variants that are there, and what is missing, as {name: why}.
+
+    Raises:
+        ValueError: There is none, or the repository serves another file than a variant's folder
+            holds.
+    """
+    variants, missing = [], {}
+    for name, folder in folders.items():
+        variant = Variant(name, Path(folder), repository, None)
+        if not (variant.folder / "model.onnx").is_file():
+            missing[name] = f"{variant.folder} holds no model.onnx"
+            continue
+        config = _served_config(repository / variant.served_as)
+        if config is None:
+            missing[variant.served_as] = f"{repository} holds no such model"
+        else:
+            version = config.version_policy.specific.versions[0]
+            served = repository / variant.served_as / str(version) / "model.onnx"
+            ours = variant.folder / "model.onnx"
+            if served.is_file() and sha256_of(served) != sha256_of(ours):
+                raise ValueError(
+                    f"{served} is another file than {ours}; publish again: python -m "
+                    "export.repository"
+                )
+        variants.append(Variant(name, variant.folder, repository, config))
+    if not variants:
+        raise ValueError(
+            f"no variant of the model is there ({'; '.join(missing.values())}); run python -m "
+            "export.onnx"
+        )
+    return variants, missing
+
+
+def _served_config(folder: Path) -> Any:
+    """The config that Triton reads: without a GPU `configs/cpu.pbtxt` goes before the other one."""
+    for name in (["configs/cpu.pbtxt"] if shutil.which("nvidia-smi") is None else []) + [
+        "config.pbtxt"
+    ]:
+        if (folder / name).is_file():
+            return parsed_config((folder / name).read_text(encoding="utf-8"))
+    return None
+
+
+def scores_of(infer: Infer, scans: ScanSet, title: str) -> dict[str, Any]:
+    """`accuracy` and `macro_auroc` of labelled scans, each with its 95 % interval.
+
+    Wilson for the accuracy, bootstrap over groups for the AUROC: see `training.metrics.score`.
+    """
+    starts = tqdm(range(0, len(scans), SCORING_BATCH), title, unit="batch", disable=None)
+    answers = (infer(scans.pixels[start : start + SCORING_BATCH]) for start in starts)
+    probabilities = np.concatenate([answer["probabilities"] for answer in answers])
+    found = score(probabilities, scans.labels, scans.groups, scans.names)
+    return {
+        "accuracy": _rounded(found["accuracy"]),
+        "macro_auroc": _rounded(found["macro_auroc"]),
+    }
+
+
+def _rounded(interval: Mapping[str, float]) -> dict[str, float | None]:
+    """Value, low and high; None where undefined, because JSON has no NaN."""
+    return {
+        key: None if math.isnan(interval[key]) else round(interval[key], 4)
+        for key in ("value", "low", "high")
+    }
+
+
+def spread(scans: ScanSet, count: int) -> ScanSet:
+    """At most `count` of some scans, evenly spread."""
+    keep = np.zeros(len(scans), bool)
+    keep[np.linspace(0, len(scans) - 1, min(count, len(scans))).round().astype(int)] = True
+    return scans.where(keep)
+
+
+def median_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """The median and its 95 % percentile bootstrap interval over 1000 resamples."""
+    array = np.asarray(values)
+    drawn = np.random.default_rng(seed).choice(array, (1000, len(array)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return {
+        "value": round(float(np.median(array)), 3),
+        "low": round(float(low), 3),
+        "high": round(float(high), 3),
+    }
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The points of `export.compress` with their test AUROC; an empty list where there are none.
+
+    Each has `name`, `latency_ms` (in-process, OpenVINO, batch 1), `macro_auroc` and `chosen`.
+    """
+    if not path.is_file():
+        return []
+    return [
+        {key: point[key] for key in ("name", "latency_ms", "chosen")}
+        | {"macro_auroc": _rounded(point["test"]["macro_auroc"])}
+        for point in json.loads(path.read_text(encoding="utf-8"))["points"]
+    ]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.server import first_served_answer, statistics_after, statistics_of
+from benchmarks.throughput import Cell, load
+from chestct.client import ScanClient
+from serving.local import LocalTriton
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def triton(published, triton_environment):
+    repository = published.folder / "model_repository"
+    with LocalTriton(repository, environment=triton_environment) as server:
+        yield server
+
+
+def test_requests_of_another_client_are_noticed(triton, scan_batch, monkeypatch):
+    monkeypatch.setattr("benchmarks.server.COUNTED_WITHIN_S", 0.3)
+    with ScanClient(triton.grpc_url, "chestct_fp32") as client:
+        before = statistics_of(triton.http_url, "chestct_fp32")
+        client.classify(scan_batch)
+        after = statistics_after(triton.http_url, "chestct_fp32", before, 1)
+        assert after["scans"] - before["scans"] == len(scan_batch)
+        assert after["executions"] - before["executions"] == 1
+        client.classify(scan_batch)
+        client.classify(scan_batch)
+        with pytest.raises(ValueError, match="2 requests to chestct_fp32 were counted for 1"):
+            statistics_after(triton.http_url, "chestct_fp32", after, 1)
+
+
+def test_load_keeps_so_many_requests_in_flight(triton, scan_batch):
+    """Little's law: requests in flight = rate x time of one, whatever the machine does."""
+    cell = Cell()
+    with ScanClient(triton.grpc_url, "chestct_fp32") as client:
+        load(
+            client,
+            scan_batch,
+            4,
+            warm_up_s=0.2,
+            window_s=1.0,
+            http_url=triton.http_url,
+            into=cell,
+        )
+    rate = sum(cell.counts) / sum(cell.seconds)
+    assert rate * np.mean(cell.latency_ms) / 1000 == pytest.approx(4, rel=0.25)
+    assert sum(cell.counts) == pytest.approx(cell.scans, rel=0.1, abs=10)
+    assert 1 <= cell.scans / cell.executions <= 4
+    assert 0 < cell.client_cpu_s <= 1.2 * sum(cell.seconds)
+    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(work)")]
+
+
+def test_window_lasts_until_there_is_an_answer(triton, scan_batch):
+    cell = Cell()
+    with ScanClient(triton.grpc_url, "chestct_fp32") as client:
+        load(
+            client,
+            scan_batch,
+            1,
+            warm_up_s=0,
+            window_s=1e-6,
+            http_url=triton.http_url,
+            into=cell,
+        )
+    assert len(cell.latency_ms) >= 1
+    assert cell.seconds[0] > 1e-4
+
+
+def test_load_ends_with_the_error_of_a_worker(triton, scan_batch):
+    with ScanClient(triton.grpc_url, "chestct_fp32") as client:
+        client.model = "nobody"
+        started = time.monotonic()
+        with pytest.raises(Exception, match="nobody"):
+            load(
+                client,
+                scan_batch,
+                2,
+                warm_up_s=5,
+                window_s=60,
+                http_url=triton.http_url,
+                into=Cell(),
+            )
+        assert time.monotonic() - started < 30
+
+
+def test_statistics_of_an_unknown_model_are_refused_in_words(triton):
+    with pytest.raises(ValueError, match="no statistics of nobody"):
+        statistics_of(triton.http_url, "nobody")
+
+
+def test_first_answer_of_a_server_with_one_model(published, triton, monkeypatch):
+    """One model takes less than the three that the other server holds."""
+    monkeypatch.chdir(published.folder)
+    seconds, memory_mb = first_served_answer(
+        published.folder / "model_repository", "chestct_fp32", 8
+    )
+    assert 0.1 < seconds < 60
+    assert 50 < memory_mb < 0.8 * triton.peak_memory_mb() * 2**20 / 1e6
