@@ -74,7 +74,7 @@ serve: environments  ## Triton on model_repository, ports 8000 to 8002 of 127.0.
 
 .PHONY: bench
 bench: environments  ## Every benchmark, into results/benchmark
-	@python -m benchmarks.latency --output results/benchmark/latency.json
+	@python -m benchmarks.latency --config configs/latency-bench.yaml --output results/benchmark/latency.json
 	@python -m benchmarks.throughput --output results/benchmark/throughput.json
 	@python -m benchmarks.training --output results/benchmark/training.json
 

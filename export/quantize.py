@@ -5,7 +5,8 @@ stay in FP32. Where Q/DQ nodes stand and what they hold decides the speed (measu
 benchmarks/results):
 
 - activations are UINT8 with zero point 0: quantizing then does what ReLU does, and both engines
-  fuse the two into the convolution. With INT8, ONNX Runtime falls back to FP32, four times slower;
+  fuse the two into the convolution. With INT8, ONNX Runtime keeps the ReLU and, for its sake, the
+  convolution in FP32, which takes four times as long;
 - a pair stands on both sides of each pool, which keeps the pool in 8 bits, and behind the last
   ReLU, without which ONNX Runtime runs the last convolution in FP32;
 - each convolution has a bias of its own, in INT32. OpenVINO fuses no constant that several

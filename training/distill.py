@@ -68,7 +68,8 @@ class DistillConfig:
             which saves most of an epoch: they are wide pictures with few channels.
         epochs: Passes over the training scans.
         batch_size: Scans a step.
-        learning_rate: Adam's in the first epoch, then along half a cosine.
+        learning_rate: Adam's in the first epoch, then along half a cosine. Three times as much
+            undoes what pruning kept.
         temperature: Softens both answers (Hinton et al. 2015, section 2).
         map_weight: Weight of the activation map's error beside that of the answer.
         accepted: Fraction of validation scans that the domain threshold accepts.
@@ -84,11 +85,11 @@ class DistillConfig:
     students: dict[str, Any] = field(default_factory=dict)
     pruning_scans: int = 128
     first_trained_block: int = 3
-    epochs: int = 12
+    epochs: int = 30
     batch_size: int = 16
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     temperature: float = 2.0
-    map_weight: float = 1.0
+    map_weight: float = 2.0
     accepted: float = 0.95
     seed: int = 7
 

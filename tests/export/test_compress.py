@@ -76,7 +76,7 @@ def test_the_fastest_student_within_the_gate_is_written(config):
     assert compress(loose) == "smaller"
     written = onnx.load(output / "model.onnx")
     assert contract_differences(written, 4) == []
-    kernels = [i for i in written.graph.initializer if i.name.endswith("_weight")]
+    kernels = [i for i in written.graph.initializer if i.name.endswith("_weights")]
     assert tuple(kernel.dims[0] for kernel in kernels) == SMALLER
     facts = json.loads((output / "facts.json").read_text())
     assert facts["precision"] == "int8"
