@@ -130,8 +130,8 @@ class Lesson:
 
 def lessons_of(teacher: keras.Model, train: ScanSet, fit: FitConfig, cache: Path) -> list[Lesson]:
     """One lesson for each augmented copy that the teacher was trained on."""
-    block = min(fit.first_trained_block, 6)
-    prefix, tail = frozen_prefix(teacher, block), map_from(teacher, block)
+    prefix = frozen_prefix(teacher, fit.first_trained_block)
+    tail = map_from(teacher, fit.first_trained_block)
     lessons = []
     for copy in range(fit.augmented_copies + 1):
         scans = augmented_copy(train.pixels, copy, fit.limits(), fit.seed)
