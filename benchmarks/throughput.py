@@ -401,9 +401,12 @@ def _by_perf_analyzer(
     rows = []
     for name in names:
         logger.info("perf_analyzer on %s", name)
-        rows += perf_analyzer_rows(
-            command, server.grpc_url, name, config.concurrency[::2], config.seconds
-        )
+        try:
+            rows += perf_analyzer_rows(
+                command, server.grpc_url, name, config.concurrency[::2], config.seconds
+            )
+        except ValueError as error:  # all else is measured by now, and is not to be lost
+            return {"perf_analyzer": f"failed on {name}: {error}"}
     return {"perf_analyzer": rows}
 
 

@@ -438,6 +438,8 @@ def openvino_engine(path: Path, settings: Mapping[str, Any]) -> Engine:
     properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if "intra_op_num_threads" in settings:
         properties["INFERENCE_NUM_THREADS"] = str(settings["intra_op_num_threads"])
+        # Each instance is a process, and each would pin its threads to the same first cores.
+        properties["ENABLE_CPU_PINNING"] = False
     request = core.compile_model(model, "CPU", properties).create_infer_request()
 
     def run(names: Sequence[str], inputs: Tensors) -> Tensors:
