@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 
 from chestct.client import AsyncScanClient, ScanClient
 from chestct.contract import ModelFacts
@@ -20,7 +21,7 @@ from chestct.errors import ContractError, ServerUnavailableError
 from chestct.scan import list_scans, load_scan
 from export.onnx import sha256_of
 from export.parity import Tolerance, compare, keras_runner, triton_runner
-from export.repository import RepositoryConfig, write_repository
+from export.repository import RepositoryConfig, parsed_config, write_repository
 from serving.local import LocalTriton
 from training.model import load_trained
 
@@ -234,12 +235,10 @@ def test_model_with_another_contract_is_refused_before_a_pixel_is_sent(
     other = tmp_path / "repository"
     shutil.copytree(repository, other)
     config = other / "chestct" / "config.pbtxt"
-    text = config.read_text().replace('"training_run"', '"somebody"')
-    config.write_text(
-        text.replace(
-            '"input_size" value { string_value: "224"', '"input_size" value { string_value: "299"'
-        )
-    )
+    described = parsed_config(config.read_text())
+    del described.parameters["training_run"]
+    described.parameters["input_size"].string_value = "299"
+    config.write_text(text_format.MessageToString(described))
     with (
         LocalTriton(other, environment=triton_environment) as server,
         pytest.raises(
