@@ -149,7 +149,7 @@ def test_failed_write_keeps_the_model_of_before(trained, monkeypatch, tmp_path):
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.fit, "_write_history", disk_full)
+    monkeypatch.setattr(training.fit, "write_history", disk_full)
     with pytest.raises(OSError, match="No space left"):
         fit(dataclasses.replace(config, seed=12))
     assert (config.output / "facts.json").read_text() == before
