@@ -45,6 +45,15 @@ def load_config(cls: type[Config], path: Path) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
+def plain_settings(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a config dataclass as plain values, but for those in `without`."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in without
+    }
+
+
 def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):

@@ -23,7 +23,7 @@ from training.calibrate import (
     softmax,
 )
 from training.command import command_parser, run_command
-from training.config import load_config
+from training.config import load_config, plain_settings
 from training.features import augmented_copy, cached_activations
 from training.files import replaced, write_json
 from training.fit import FitConfig, cosine_decay, head_logits, predict, write_history
@@ -314,12 +314,8 @@ def _calibrated(
 
 
 def _settings(config: DistillConfig) -> dict[str, Any]:
-    """What decides the result, as plain values."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(config).items()
-        if key not in ("output", "cache", "students")
-    }
+    """What decides a student, but for its widths."""
+    return plain_settings(config, without=("output", "cache", "students"))
 
 
 def main(argv: list[str] | None = None) -> int:

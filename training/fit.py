@@ -31,7 +31,7 @@ from training.calibrate import (
     softmax,
 )
 from training.command import command_parser, run_command
-from training.config import load_config
+from training.config import load_config, plain_settings
 from training.features import Activations, augmented_copy, cached_activations
 from training.files import replaced, write_json
 from training.model import (
@@ -567,12 +567,8 @@ class ResumableState:
 
 
 def _settings(config: FitConfig) -> dict[str, Any]:
-    """What decides the result, as plain values: all of the config but where files are kept."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(config).items()
-        if key not in ("output", "cache")
-    }
+    """What decides the result: all of the config but where files are kept."""
+    return plain_settings(config, without=("output", "cache"))
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:
