@@ -53,7 +53,7 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
     pixels, labels = train.pixels[chosen], train.labels[chosen]
     model = build_classifier(len(train.names))
     load_backbone_weights(model, config.weights)
-    twin = trainable_twin(model, config, half=False)
+    twin = trainable_twin(model, config.first_trained_block, "float32")
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         prefix = frozen_prefix(twin, config.first_trained_block)

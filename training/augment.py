@@ -16,7 +16,8 @@ Scan = npt.NDArray[np.uint8]
 class Augmentation:
     """How far a scan may be changed; each value is drawn uniformly within its limits.
 
-    There is no flip: upside down is no patient position, and left is not right in a chest.
+    Slices are mirrored left to right, though a heart lies on the left: which lung a tumour grows in
+    tells the patients of a small set apart, not the class. Upside down is no patient position.
 
     Attributes:
         rotation_deg: Rotation either way, in degrees; tilt on the table is rarely more than 10.
@@ -25,6 +26,7 @@ class Augmentation:
         contrast: Factor on the grey values, 1 +- this. This and the next are wide on purpose:
             screen grabs come in many windows, and the grey level must not tell the class.
         brightness: Offset on the grey values, as a fraction of 255.
+        mirror: Probability of a left-to-right mirror image.
     """
 
     rotation_deg: float = 10.0
@@ -32,6 +34,7 @@ class Augmentation:
     scale: float = 0.15
     contrast: float = 0.40
     brightness: float = 0.20
+    mirror: float = 0.5
 
 
 def augment(scan: Scan, limits: Augmentation, rng: np.random.Generator) -> Scan:
@@ -48,7 +51,8 @@ def augment(scan: Scan, limits: Augmentation, rng: np.random.Generator) -> Scan:
     # Pillow maps output to input pixels: rotate and zoom about the centre, after the shift.
     offset_x = center_x - cosine * (center_x + shift_x) + sine * (center_y + shift_y)
     offset_y = center_y - sine * (center_x + shift_x) - cosine * (center_y + shift_y)
-    moved = Image.fromarray(scan[..., 0]).transform(
+    seen = scan[:, ::-1, 0] if rng.random() < limits.mirror else scan[..., 0]
+    moved = Image.fromarray(np.ascontiguousarray(seen)).transform(
         (width, height),
         Image.Transform.AFFINE,
         (cosine, -sine, offset_x, sine, cosine, offset_y),

@@ -24,9 +24,17 @@ from training.calibrate import (
 )
 from training.command import command_parser, run_command
 from training.config import load_config, plain_settings
-from training.features import augmented_copy, cached_activations
+from training.features import Activations, augmented_copy, cached_activations
 from training.files import replaced, write_json
-from training.fit import FitConfig, cosine_decay, head_logits, predict, write_history
+from training.fit import (
+    FitConfig,
+    cosine_decay,
+    dtype_policy,
+    head_logits,
+    predict,
+    trainable_twin,
+    write_history,
+)
 from training.metrics import macro_auroc
 from training.model import (
     VGG16_WIDTHS,
@@ -128,9 +136,12 @@ class Lesson:
     maps: Floats
 
 
-def lessons_of(teacher: keras.Model, train: ScanSet, fit: FitConfig, cache: Path) -> list[Lesson]:
+def lessons_of(
+    teacher: keras.Model, train: ScanSet, fit: FitConfig, cache: Path, policy: str
+) -> list[Lesson]:
     """One lesson for each augmented copy that the teacher was trained on."""
-    prefix = frozen_prefix(teacher, fit.first_trained_block)
+    twin = trainable_twin(teacher, fit.first_trained_block, policy)
+    prefix = frozen_prefix(twin, fit.first_trained_block)
     tail = map_from(teacher, fit.first_trained_block)
     lessons = []
     for copy in range(fit.augmented_copies + 1):
@@ -161,7 +172,10 @@ def distillation_loss(temperature: float, map_weight: float, map_scale: float) -
 
 
 def batches_of(
-    inputs: npt.NDArray[Any], maps: Floats, order: npt.NDArray[np.int64], batch_size: int
+    inputs: Activations | npt.NDArray[np.uint8],
+    maps: Floats,
+    order: npt.NDArray[np.int64],
+    batch_size: int,
 ) -> Any:
     """One epoch for `keras.Model.fit`: (input, map) a batch, in the given order."""
     import keras
@@ -171,7 +185,7 @@ def batches_of(
             return math.ceil(len(order) / batch_size)
 
         def __getitem__(self, index: int) -> tuple[Any, Any]:
-            chosen = np.sort(order[index * batch_size : (index + 1) * batch_size])
+            chosen = order[index * batch_size : (index + 1) * batch_size]
             return inputs[chosen], maps[chosen]
 
     return Batches(workers=1)
@@ -183,12 +197,18 @@ def teach(
     valid: tuple[ScanSet, Floats],
     config: DistillConfig,
     run: Run,
+    policy: str,
 ) -> list[dict[str, float]]:
-    """Train `student` in place on what the teacher answered; the rows of its history."""
+    """Train `student` in place on what the teacher answered, computing by the Keras dtype `policy`.
+
+    Returns:
+        The rows of its history, one an epoch.
+    """
     import keras
 
-    prefix = frozen_prefix(student, config.first_trained_block)
-    trainer = map_from(student, config.first_trained_block)
+    twin = trainable_twin(student, config.first_trained_block, policy)
+    prefix = frozen_prefix(twin, config.first_trained_block)
+    trainer = map_from(twin, config.first_trained_block)
     scale = float(np.var(lessons[0].maps))
     trainer.compile(
         optimizer=keras.optimizers.Adam(config.learning_rate),
@@ -196,7 +216,7 @@ def teach(
         jit_compile=False,
     )
 
-    def entering(scans: npt.NDArray[np.uint8], title: str) -> npt.NDArray[Any]:
+    def entering(scans: npt.NDArray[np.uint8], title: str) -> Activations | npt.NDArray[np.uint8]:
         if config.first_trained_block == 1:
             return scans
         return cached_activations(prefix, scans, config.cache / "activations", title)
@@ -226,11 +246,15 @@ def teach(
             "epoch %d of %d: loss %.3f, agrees with the teacher on %.3f of the validation scans",
             epoch, config.epochs, row["loss"], row["valid_agreement"],
         )  # fmt: skip
+    student.set_weights(twin.get_weights())
     return history
 
 
 def _scores(
-    trainer: keras.Model, inputs: npt.NDArray[Any], valid: ScanSet, teacher_maps: Floats
+    trainer: keras.Model,
+    inputs: Activations | npt.NDArray[np.uint8],
+    valid: ScanSet,
+    teacher_maps: Floats,
 ) -> dict[str, float]:
     maps = predict(trainer, inputs, "validation")
     logits, wanted = maps.mean(axis=(1, 2)), teacher_maps.mean(axis=(1, 2))
@@ -258,7 +282,8 @@ def distill(config: DistillConfig) -> list[Path]:
     sets = read_split(config.scans, config.split, facts.window)
     train, valid = sets["train"], sets["valid"]
     keras.utils.set_random_seed(config.seed)
-    lessons = lessons_of(teacher, train, fit, config.cache)
+    policy = dtype_policy(on_gpu=False) if fit.mixed_precision else "float32"
+    lessons = lessons_of(teacher, train, fit, config.cache, policy)
     valid_maps = predict(map_from(teacher, 1), valid.pixels, "teacher, validation")
     shuffled = np.random.default_rng(config.seed).permutation(len(train))
     chosen = np.sort(shuffled[: config.pruning_scans])
@@ -272,7 +297,7 @@ def distill(config: DistillConfig) -> list[Path]:
                 teacher, tuple(widths), train.pixels[np.sort(chosen)], seed=config.seed
             )
             pruned_s = time.monotonic() - started
-            history = teach(student, lessons, (valid, valid_maps), config, run)
+            history = teach(student, lessons, (valid, valid_maps), config, run, policy)
             final, student_facts = _calibrated(student, facts, train, valid, config, run)
             seconds = {"pruning_s": pruned_s, "whole_s": time.monotonic() - started}
             run.log_metrics(seconds)

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from training.model import (
     logits_from,
     pooled_features,
     set_domain,
+    widths_of,
     with_temperature,
 )
 from training.scans import ScanSet, read_split
@@ -84,7 +85,9 @@ class FitConfig:
         augmentation: Limits of the random changes, the fields of `Augmentation`.
         frozen_layers: `cached` (activations on disk), `direct` (every epoch anew, every scan
             augmented anew), `auto` = cached on a CPU, direct on a GPU.
-        mixed_precision: float16 arithmetic on a GPU in phase two.
+        mixed_precision: Compute frozen layers and phase two in half precision where that is
+            faster: float16 on a GPU, bfloat16 on a CPU with instructions for it. Weights, head,
+            softmax, validation of the final model and all that is exported stay in float32.
         accepted: Fraction of validation scans that the domain threshold accepts.
         window_center_hu: Window for slices in Hounsfield units.
         window_width_hu: Its width.
@@ -236,12 +239,13 @@ def _train(
     import tensorflow as tf
 
     cached = config.frozen_layers == "cached" or (config.frozen_layers == "auto" and not on_gpu)
+    policy = dtype_policy(on_gpu) if config.mixed_precision else "float32"
     gather: Gather
-    train_input: npt.NDArray[Any]
-    valid_input: npt.NDArray[Any]
+    train_input: Activations | Scan
+    valid_input: Activations | Scan
     if cached:
         entrance = config.first_trained_block
-        copies, valid_input = _cached_inputs(config, model, train, valid)
+        copies, valid_input = _cached_inputs(config, model, train, valid, policy)
         train_input = copies[0]
         gather = gather_copies(copies)
     else:
@@ -256,7 +260,7 @@ def _train(
     # Everything that holds variables must come to be within the strategy's scope.
     strategy = tf.distribute.MirroredStrategy() if on_gpu else tf.distribute.get_strategy()
     with strategy.scope():
-        twin = trainable_twin(model, config, half=on_gpu and config.mixed_precision)
+        twin = trainable_twin(model, config.first_trained_block, policy)
         trainer = logits_from(twin, entrance, config.dropout)
         compile_trainer(trainer, config.learning_rate)
     weight = class_weights(train.labels, num_classes, config.class_weighting)[train.labels]
@@ -288,9 +292,10 @@ def _train(
 
 
 def _cached_inputs(
-    config: FitConfig, model: keras.Model, train: ScanSet, valid: ScanSet
+    config: FitConfig, model: keras.Model, train: ScanSet, valid: ScanSet, policy: str
 ) -> tuple[list[Activations], Activations]:
-    prefix = frozen_prefix(model, config.first_trained_block)
+    block = config.first_trained_block
+    prefix = frozen_prefix(trainable_twin(model, block, policy), block)
     folder = config.cache / "activations"
     copies = [
         cached_activations(
@@ -304,11 +309,11 @@ def _cached_inputs(
     return copies, cached_activations(prefix, valid.pixels, folder, "frozen layers, validation")
 
 
-def gather_copies(copies: list[Activations]) -> Gather:
+def gather_copies(copies: Sequence[Activations | npt.NDArray[Any]]) -> Gather:
     """Reads training input from cached copies; epoch n takes copy n modulo their number."""
 
     def gather(indices: Indices, epoch: int) -> npt.NDArray[Any]:
-        return copies[epoch % len(copies)][np.sort(indices)][np.argsort(np.argsort(indices))]
+        return copies[epoch % len(copies)][indices]
 
     return gather
 
@@ -386,25 +391,33 @@ def head_logits(model: keras.Model, features: Floats) -> Floats:
     return (features @ kernel[0, 0] + bias).astype(np.float32)  # type: ignore[no-any-return]
 
 
-def trainable_twin(model: keras.Model, config: FitConfig, half: bool) -> keras.Model:
-    """A copy of `model` whose blocks before `config.first_trained_block` are frozen.
+def dtype_policy(on_gpu: bool) -> str:
+    """The Keras policy of half-precision training on this machine; float32 where none is faster."""
+    if on_gpu:
+        return "mixed_float16"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return "mixed_bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
-    With `half` its convolutions compute in float16, on variables in float32; head, softmax and
-    distance stay in float32, and `model` is left as it is.
+
+def trainable_twin(model: keras.Model, first_trained_block: int, policy: str) -> keras.Model:
+    """A copy of `model` whose blocks before `first_trained_block` are frozen.
+
+    Its convolutions compute by the Keras dtype `policy` on variables in float32; head, softmax
+    and distance stay in float32, and `model` is left as it is.
     """
     import keras
 
     before = keras.config.dtype_policy()
     try:
-        if half:
-            keras.config.set_dtype_policy("mixed_float16")
-        twin = build_classifier(model.output["probabilities"].shape[-1])
+        keras.config.set_dtype_policy(policy)
+        twin = build_classifier(model.output["probabilities"].shape[-1], widths=widths_of(model))
     finally:
         keras.config.set_dtype_policy(before)
     twin.set_weights(model.get_weights())
     for layer in twin.layers:
         if layer.name.startswith("block"):
-            layer.trainable = int(layer.name[5]) >= config.first_trained_block
+            layer.trainable = int(layer.name[5]) >= first_trained_block
     return twin
 
 
@@ -449,7 +462,7 @@ def smoothed_targets(labels: npt.NDArray[np.int64], num_classes: int, smoothing:
     return hard * np.float32(1 - smoothing) + np.float32(smoothing / num_classes)
 
 
-def predict(model: keras.Model, inputs: npt.NDArray[Any], title: str) -> Floats:
+def predict(model: keras.Model, inputs: Activations | npt.NDArray[Any], title: str) -> Floats:
     """Output float32 of `model` for all `inputs`, with a progress bar."""
     outputs = []
     for start in tqdm(range(0, len(inputs), 16), title, unit="batch", disable=None):
@@ -458,7 +471,7 @@ def predict(model: keras.Model, inputs: npt.NDArray[Any], title: str) -> Floats:
 
 
 def _scores(
-    trainer: keras.Model, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int64]
+    trainer: keras.Model, inputs: Activations | Scan, labels: npt.NDArray[np.int64]
 ) -> dict[str, float]:
     logits = predict(trainer, inputs, "validation")
     probabilities = softmax(logits)

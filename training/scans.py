@@ -7,6 +7,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,3 +103,12 @@ def load_pixels(
         for index, scan in enumerate(tqdm(decoded, title, len(paths), disable=None, unit="scan")):
             pixels[index] = scan
     return pixels
+
+
+def predict_outputs(
+    model: Any, pixels: npt.NDArray[np.uint8], title: str
+) -> dict[str, npt.NDArray[np.float32]]:
+    """All outputs of a classifier for uint8 scans (N, 224, 224, 1), with a progress bar."""
+    starts = tqdm(range(0, len(pixels), 16), title, unit="batch", disable=None)
+    batches = [model.predict_on_batch(pixels[start : start + 16]) for start in starts]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

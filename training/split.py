@@ -29,6 +29,9 @@ from training.scans import SPLITS
 
 PROTOCOLS = ("auto", "official", "grouped")
 DROPPED = "dropped"
+# Few series make a class: a scan that validates is missed in training, and validation only
+# cools the softmax and places the domain's threshold.
+VALIDATION_FOLDS = 10
 
 IntArray = npt.NDArray[np.int64]
 StrArray = npt.NDArray[np.str_]
@@ -47,12 +50,13 @@ class SplitConfig:
             and test, grouped elsewhere.
         group_pattern: Regular expression on the whole file name with one group; scans of one
             class with the same text there belong together. The default reads the series in
-            `000108 (3).png`. Files that do not match form no such group.
+            `000108 (3).png`; `000108.png`, where the group takes no part, is of the one series
+            without a number. Files that do not match form no such group.
         group_file: CSV with a column `path` and the `group_columns`; equal cells belong together.
         group_columns: Columns of `group_file`; empty cells join nothing.
-        folds: The grouped scans are cut into so many parts: one tests, one validates, the others
-            train.
-        fold: Which part tests, 0 to folds - 1; the next one validates.
+        folds: The grouped scans are cut into so many parts: one tests, the others train, but for
+            a tenth of them, group by group, which validates.
+        fold: Which part tests, 0 to folds - 1.
         seed: Of the grouped dealing.
         drop_duplicates: Keep one scan of each near-duplicate group: the first of train, then of
             valid, then of test.
@@ -65,7 +69,7 @@ class SplitConfig:
     groups: Path = Path("results/audit/groups.csv")
     output: Path = Path("results/split")
     protocol: str = "auto"
-    group_pattern: str = r"\d{6} \((\d+)\)\.\w+"
+    group_pattern: str = r"\d{6}(?: \((\d+)\))?\.\w+"
     group_file: Path | None = None
     group_columns: tuple[str, ...] = ("group",)
     folds: int = 5
@@ -149,7 +153,7 @@ def group_series(files: Sequence[ScanFile], pattern: str) -> IntArray:
     matches = [re.fullmatch(pattern, Path(file.path).name) for file in files]
     return _number(
         [
-            f"{file.label}/{match[1]}" if match else ""
+            f"{file.label}/{match[1] or ''}" if match else ""
             for file, match in zip(files, matches, strict=True)
         ]
     )
@@ -179,16 +183,20 @@ def deal_grouped(labels: StrArray, groups: IntArray, config: SplitConfig) -> Str
                 f"class {label} has {count} groups: expected at least 3, one a split; "
                 "use protocol: official, or a narrower group_pattern"
             )
-    dealer = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed)
     smallest = min(Counter(labels.tolist()).values())
     if smallest < config.folds:
         raise ValueError(f"folds {config.folds}: the smallest class has only {smallest} scans")
-    part = np.empty(len(labels), np.int64)
-    for number, (_, inside) in enumerate(dealer.split(labels, labels, groups)):
-        part[inside] = number
+
+    def dealt(chosen: IntArray, folds: int, fold: int) -> IntArray:
+        dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=config.seed)
+        parts = list(dealer.split(chosen, labels[chosen], groups[chosen]))
+        return chosen[parts[fold][1]]  # type: ignore[no-any-return]
+
     splits = np.full(len(labels), "train")
-    splits[part == config.fold] = "test"
-    splits[part == (config.fold + 1) % config.folds] = "valid"
+    splits[dealt(np.arange(len(labels)), config.folds, config.fold)] = "test"
+    rest = np.flatnonzero(splits == "train")
+    num_groups = [len(np.unique(groups[rest][labels[rest] == label])) for label in set(labels)]
+    splits[dealt(rest, max(2, min(VALIDATION_FOLDS, *num_groups)), 0)] = "valid"
     return splits
 
 

@@ -71,7 +71,7 @@ def test_lessons_hold_the_teachers_maps_of_every_copy(config):
     teacher, facts = load_trained(config.teacher)
     train = read_split(config.scans, config.split, facts.window)["train"]
     fit = FitConfig(augmented_copies=1)
-    lessons = lessons_of(teacher, train, fit, config.cache)
+    lessons = lessons_of(teacher, train, fit, config.cache, "float32")
     assert len(lessons) == 2
     assert (lessons[0].scans == train.pixels).all()
     assert not (lessons[1].scans == train.pixels).all()

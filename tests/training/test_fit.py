@@ -97,7 +97,7 @@ def test_domain_threshold_accepts_the_validation_scans(trained):
 def test_frozen_blocks_stay_and_the_last_block_moves(scan_batch):
     model = build_classifier(4)
     fit_head(model, np.random.default_rng(1).random((8, 512)), np.arange(8) % 4, 1.0)
-    twin = trainable_twin(model, FitConfig(), half=False)
+    twin = trainable_twin(model, 5, "float32")
     trainer = logits_from(twin, 1)
     compile_trainer(trainer, 1e-3)
     trainer.train_on_batch(scan_batch[:4], np.eye(4, dtype=np.float32))
@@ -260,7 +260,7 @@ def test_direct_training_runs(phantoms, tmp_path):
 
 def test_mixed_precision_twin_computes_in_float16_and_keeps_float32_outputs():
     model = build_classifier(3)
-    twin = trainable_twin(model, FitConfig(first_trained_block=4), half=True)
+    twin = trainable_twin(model, 4, "mixed_float16")
     assert twin.get_layer("block3_conv1").compute_dtype == "float16"
     assert twin.get_layer("activation_map").compute_dtype == "float32"
     assert twin.get_layer("block3_conv1").kernel.dtype == "float32"
@@ -281,7 +281,7 @@ model, config = build_classifier(3), FitConfig()
 scans = np.random.default_rng(0).integers(0, 255, (8, 224, 224, 1), dtype=np.uint8)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
-    twin = trainable_twin(model, config, half=False)
+    twin = trainable_twin(model, config.first_trained_block, "float32")
     trainer = logits_from(twin, 1, config.dropout)
     compile_trainer(trainer, 1e-3)
 targets = np.eye(3, dtype=np.float32)[np.arange(8) % 3]

@@ -92,11 +92,16 @@ def test_series_is_read_from_the_file_name() -> None:
         for name in ("000108 (3).png", "000109 (3).png", "000108 (4).png", "n6 (3).png")
     ]
     files += [scan("b/000110 (3).png"), scan("b/10 (3).png")]
+    files += [scan("a/000003.png"), scan("a/000108.png"), scan("b/000003.png")]
     groups = group_series(files, SplitConfig().group_pattern).tolist()
-    # One series of a, another of a, the same number in b is another; the rest have none.
+    # One series of a, another of a, the same number in b is another; two names form none.
     assert groups[0] == groups[1] >= 0
     assert len({groups[0], groups[2], groups[4]}) == 3
     assert groups[3] == groups[5] == -1
+    # A name without a number is of its class's series without one.
+    assert groups[6] == groups[7] >= 0
+    assert len({*groups}) == 6
+    assert groups[8] not in groups[:8]
 
 
 def test_group_file_joins_equal_cells_of_each_column(tmp_path: Path) -> None:
@@ -203,8 +208,8 @@ def test_auto_groups_where_there_is_no_official_split() -> None:
     assert facts["protocol"] == "grouped"
     # Five parts of 30 scans: one tests, one validates, three train; two of each class a part.
     assert {split: int((splits == split).sum()) for split in ("train", "valid", "test")} == {
-        "train": 18,
-        "valid": 6,
+        "train": 21,
+        "valid": 3,
         "test": 6,
     }
     assert facts["counts"]["test"] == dict.fromkeys(LABELS, 2)

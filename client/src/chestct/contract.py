@@ -18,6 +18,7 @@ __all__ = [
     "MODEL_NAME",
     "NOT_A_MEDICAL_DEVICE",
     "OUTPUT_NAMES",
+    "PREPARATION",
     "SCAN_SHAPE",
     "SCAN_SIZE",
     "ModelFacts",
@@ -34,6 +35,8 @@ OUTPUT_NAMES = ("probabilities", "activation_map", "domain_distance")
 SCAN_SIZE = 224  # pixels; the input side of VGG-16 (Simonyan and Zisserman 2015, section 2.1)
 SCAN_SHAPE = (SCAN_SIZE, SCAN_SIZE, 1)
 MAP_SIZE = 14  # places along a side of block5_conv3: 224 / 2**4
+# How `chestct.scan` frames a slice; a model trained on other frames must not be fed these.
+PREPARATION = "body-box-1"
 NOT_A_MEDICAL_DEVICE = "Research use only. Not a medical device."
 
 
@@ -130,6 +133,7 @@ class ModelFacts:
             "temperature": repr(self.temperature),
             "domain_threshold": repr(self.domain_threshold),
             "input_size": str(SCAN_SIZE),
+            "preparation": PREPARATION,
             "training_run": self.run,
             "data_hash": self.data_hash,
             "precision": self.precision,
@@ -165,9 +169,10 @@ class ModelFacts:
             labels = ()
             if labels_text:
                 wrong.append(f"parameter 'labels' is {labels_text!r}, expected a JSON list")
-        size = read("input_size")
-        if size and size != str(SCAN_SIZE):
-            wrong.append(f"parameter 'input_size' is {size!r}, expected '{SCAN_SIZE}'")
+        for key, expected in (("input_size", str(SCAN_SIZE)), ("preparation", PREPARATION)):
+            found = read(key)
+            if found and found != expected:
+                wrong.append(f"parameter {key!r} is {found!r}, expected {expected!r}")
         center, width = number("window_center_hu"), number("window_width_hu")
         temperature, threshold = number("temperature"), number("domain_threshold")
         run, data_hash, precision = read("training_run"), read("data_hash"), read("precision")

@@ -1,4 +1,4 @@
-"""A scan file becomes the uint8 picture that the network eats: decode, window, resize.
+"""A scan file becomes the uint8 picture that the network eats: decode, window, crop, resize.
 
 This is the one implementation of these steps; training, evaluation and every client call it.
 Pictures (PNG, JPEG) are already windowed and are taken as they are; DICOM slices are rescaled
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from chestct.body import body_box
 from chestct.contract import LUNG_WINDOW, SCAN_SIZE, Window
 from chestct.errors import ScanDecodeError
 
@@ -107,9 +108,11 @@ def apply_window(
 
 
 def resize_scan(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A grey picture stretched to the input of the network.
+    """The body in a grey picture, stretched to the input of the network.
 
-    Pillow's BILINEAR, whose support grows when it reduces: it antialiases.
+    The picture is cropped to `chestct.body.body_box`: how wide a margin a scanner or a screen
+    grab leaves says nothing of the patient. Then Pillow's BILINEAR, whose support grows when it
+    reduces: it antialiases.
 
     Args:
         grey: uint8 (H, W), 0 = floor of the window.
@@ -126,7 +129,10 @@ def resize_scan(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _resized(picture: Image.Image) -> npt.NDArray[np.uint8]:
-    resized = picture.resize((SCAN_SIZE, SCAN_SIZE), Image.Resampling.BILINEAR)
+    top, bottom, left, right = body_box(np.asarray(picture))
+    resized = picture.resize(
+        (SCAN_SIZE, SCAN_SIZE), Image.Resampling.BILINEAR, (left, top, right, bottom)
+    )
     return np.array(resized)[:, :, np.newaxis]
 
 
@@ -164,7 +170,7 @@ def load_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
 
 
 def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt.NDArray[np.uint8]:
-    """One scan file in its own size, decoded and windowed but not resized.
+    """One scan file in its own size, decoded and windowed but neither cropped nor resized.
 
     Args:
         path: A PNG, JPEG or DICOM file.
