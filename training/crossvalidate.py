@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.command import command_parser, run_command
-from training.config import load_config, plain_settings
+from training.config import load_config
 from training.files import replaced, write_json
-from training.fit import FitConfig, fit
+from training.fit import FitConfig, fit, settings_hash
 from training.model import load_trained
 from training.scans import predict_outputs, read_split
 from training.split import SplitConfig, write_split
@@ -43,12 +43,6 @@ class CrossValidateConfig:
     fit: Path = Path("configs/train.yaml")
     split: Path = Path("configs/split-grouped.yaml")
     output: Path = Path("results/grouped")
-
-
-def settings_hash(fit: FitConfig) -> str:
-    """Hash of everything in a training's config but where files lie: equal for equal trainings."""
-    settings = plain_settings(fit, without=("scans", "split", "output", "cache"))
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: SplitConfig) -> Path:

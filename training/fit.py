@@ -217,7 +217,15 @@ def fit(config: FitConfig) -> Path:
             folder.mkdir()
             final.save(folder / "model.keras")
             write_json(folder / "facts.json", facts.to_parameters())
-            write_json(folder / "run.json", {"run": run.run_id, "weights": weights.source})
+            write_json(
+                folder / "run.json",
+                {
+                    "run": run.run_id,
+                    "weights": weights.source,
+                    "settings": settings_hash(config),
+                    "seconds": round(time.monotonic() - started, 1),
+                },
+            )
             write_history(folder / "history.csv", state.history)
         for name in ("model.keras", "facts.json", "history.csv"):
             run.log_file(config.output / name, "model")
@@ -577,6 +585,12 @@ class ResumableState:
 
     def _write(self) -> None:
         write_json(self._folder / "state.json", {"run": self.run_id, "history": self.history})
+
+
+def settings_hash(config: FitConfig) -> str:
+    """Hash of everything in a config but where files lie: equal for equal trainings."""
+    settings = plain_settings(config, without=("scans", "split", "output", "cache"))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(config: FitConfig) -> dict[str, Any]:

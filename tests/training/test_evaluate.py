@@ -8,8 +8,8 @@ import mlflow
 import numpy as np
 import pytest
 
-from training.evaluate import EvaluateConfig, evaluate, majority_baseline, report
-from training.scans import read_split
+from training.evaluate import EvaluateConfig, Sources, evaluate, main
+from training.report import report
 
 
 def config_of(trained, output) -> EvaluateConfig:
@@ -28,16 +28,17 @@ def evaluated(trained, tmp_path_factory):
     external = tmp_path_factory.mktemp("external")
     for name, label in (("normal", "normal"), ("malignant", "adenocarcinoma")):
         shutil.copytree(trained.scans / "test" / label, external / name)
-    return output, evaluate(config_of(trained, output), external)
+    return output, evaluate(config_of(trained, output), Sources(external=external))
 
 
 def test_files_and_protocols(evaluated):
     output, metrics = evaluated
     assert {path.name for path in output.iterdir()} == {
         "metrics.json", "scores.json", "report.md", "predictions.csv",
-        "confusion.png", "roc.png", "reliability.png",
+        "confusion.png", "roc.png", "reliability.png", "external_malignant-confusion.png",
+        "external_malignant-roc.png", "external_malignant-reliability.png",
     }  # fmt: skip
-    assert list(metrics["protocols"]) == ["official"]
+    assert list(metrics["protocols"]) == ["official", "external_malignant"]
     assert metrics["protocols"]["official"]["model"]["n"] == 12
 
 
@@ -66,15 +67,20 @@ def test_scores_are_in_the_run_of_the_training(evaluated):
 
 
 def test_external_source_is_scored_as_normal_against_the_rest(evaluated):
-    found = evaluated[1]["external"]["malignant_against_normal_auroc"]
-    assert found["n"] == [3, 3]
-    assert found["low"] <= found["value"] <= found["high"]
+    found = evaluated[1]["protocols"]["external_malignant"]
+    assert found["model"]["n"] == 6
+    assert list(found["model"]["classes"]) == ["normal", "malignant"]
+    area = found["model"]["normal_against_rest_auroc"]
+    assert area["low"] <= area["value"] <= area["high"]
+    assert found["majority"]["macro_auroc"]["value"] == 0.5
 
 
 def test_report_names_n_and_intervals(evaluated):
     text = report(evaluated[1])
-    assert "## official: 12 scans in 12 groups" in text
+    assert "| official | 12 | 12 | model |" in text
     assert "| majority | 0.250 (" in text
+    assert "sensitivity at 95 % specificity" in text
+    assert "before temperature" in text
 
 
 def test_duplicates_of_training_scans_are_scored_apart(trained, tmp_path):
@@ -99,10 +105,12 @@ def test_duplicates_of_training_scans_are_scored_apart(trained, tmp_path):
 def test_external_folder_without_normal_is_refused(trained, tmp_path):
     shutil.copytree(trained.scans / "test" / "normal", tmp_path / "external" / "benign")
     with pytest.raises(ValueError, match="expected 'normal' in both"):
-        evaluate(config_of(trained, tmp_path / "out"), tmp_path / "external")
+        evaluate(config_of(trained, tmp_path / "out"), Sources(external=tmp_path / "external"))
     assert not (tmp_path / "out").exists()
 
 
-def test_majority_is_that_of_the_training_scans(trained):
-    train = read_split(trained.scans, trained.split)["train"]
-    np.testing.assert_allclose(majority_baseline(train, 2), np.full((2, 4), 0.25))
+def test_external_protocol_needs_its_folder(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--protocol", "external"])
+    assert left.value.code == 2
+    assert "needs --external FOLDER" in capsys.readouterr().err

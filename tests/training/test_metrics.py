@@ -10,10 +10,13 @@ from training.metrics import (
     auroc,
     balanced_accuracy,
     bootstrap_interval,
+    brier_score,
+    calibration_error,
     confusion,
     macro_auroc,
     reliability,
     score,
+    sensitivity_at,
     wilson_interval,
 )
 
@@ -86,14 +89,38 @@ def test_specificity_and_sensitivity_by_hand():
     found = score(probabilities, labels, np.arange(6), NAMES)
     assert found["classes"]["normal"]["sensitivity"]["value"] == pytest.approx(2 / 3)
     assert found["classes"]["normal"]["specificity"]["value"] == pytest.approx(2 / 3)
-    assert found["classes"]["a"]["specificity"] == {
-        "value": 4 / 5,
-        "low": wilson_interval(4, 5)[0],
-        "high": wilson_interval(4, 5)[1],
-        "n": 5,
-    }
+    specificity = found["classes"]["a"]["specificity"]
+    assert specificity["value"] == pytest.approx(4 / 5)
+    assert specificity["low"] < 4 / 5 < specificity["high"]
     assert found["accuracy"]["value"] == pytest.approx(4 / 6)
     assert found["n"] == 6
+
+
+def test_interval_of_a_proportion_without_an_error_counts_groups_not_scans():
+    """12 right scans of class 1 in 3 groups: Wilson of 3 of 3, not of 12 of 12, nor (1, 1)."""
+    probabilities = np.eye(3, dtype=np.float32)[[1] * 12 + [0]]
+    labels = np.array([1] * 12 + [0])
+    found = score(probabilities, labels, np.array([0, 1, 2] * 4 + [3]), NAMES)
+    low, high = wilson_interval(3, 3)
+    assert found["classes"]["normal"]["sensitivity"] == {"value": 1, "low": low, "high": high}
+
+
+def test_brier_and_calibration_error_by_hand():
+    probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.35, 0.65]], np.float32)
+    labels = np.array([0, 1, 1])
+    # (0.05^2 + 0.05^2 + 0.92^2 + 0.92^2 + 0.35^2 + 0.35^2) / 3
+    assert brier_score(probabilities, labels) == pytest.approx(1.9428 / 3, abs=1e-4)
+    # Bin 0.6 to 0.7: |0.65 - 1|, one scan; bin 0.9 to 1: |0.935 - 0.5|, two scans.
+    assert calibration_error(probabilities, labels) == pytest.approx((0.35 + 2 * 0.435) / 3)
+
+
+def test_sensitivity_at_a_specificity_by_hand():
+    scores = np.array([0.1, 0.2, 0.3, 0.9, 0.25, 0.35, 0.95])
+    positive = np.array([False] * 4 + [True] * 3)
+    assert sensitivity_at(scores, positive, 1.0) == pytest.approx(1 / 3)  # above 0.9
+    assert sensitivity_at(scores, positive, 0.75) == pytest.approx(2 / 3)  # above 0.3
+    assert sensitivity_at(scores, positive, 0.5) == 1  # above 0.2
+    assert math.isnan(sensitivity_at(scores, np.ones(7, bool), 0.95))
 
 
 def test_normal_against_rest_needs_a_class_of_that_name(predictions):

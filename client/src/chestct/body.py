@@ -101,6 +101,6 @@ def _largest_part(mask: Mask) -> Mask:
     part = np.zeros_like(mask)
     if len(roots):
         sizes = np.bincount(roots, weights=ends - starts)
-        for run in np.flatnonzero(roots == sizes.argmax()):
-            part[rows[run], starts[run] : ends[run]] = True
+        for member in np.flatnonzero(roots == sizes.argmax()):
+            part[rows[member], starts[member] : ends[member]] = True
     return part
