@@ -85,6 +85,7 @@ def test_every_config_fits_its_dataclass():
     from export.repository import ServeConfig
     from training.audit import AuditConfig
     from training.config import load_config
+    from training.crossvalidate import CrossValidateConfig
     from training.distill import DistillConfig
     from training.evaluate import EvaluateConfig
     from training.fit import FitConfig
@@ -95,6 +96,7 @@ def test_every_config_fits_its_dataclass():
     of_file = {
         "audit": AuditConfig,
         "compress": CompressConfig,
+        "crossvalidate": CrossValidateConfig,
         "distill": DistillConfig,
         "engine": EngineConfig,
         "evaluate": EvaluateConfig,

@@ -379,10 +379,12 @@ def fit_head(
     for the solver and the standardisation is folded into kernel and bias.
     """
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-3
     solver = LogisticRegression(C=inverse_strength, class_weight="balanced", max_iter=5000)
-    solver.fit((features - mean) / scale, labels)
+    with threadpool_limits(1):  # threads of BLAS that wait for each other take 60 times as long
+        solver.fit((features - mean) / scale, labels)
     kernel, bias = solver.coef_.T, solver.intercept_
     if kernel.shape[1] == 1:  # two classes: scikit-learn gives the evidence of the second alone
         kernel, bias = np.hstack([-kernel / 2, kernel / 2]), np.array([-bias[0] / 2, bias[0] / 2])

@@ -29,8 +29,9 @@ from training.scans import SPLITS
 
 PROTOCOLS = ("auto", "official", "grouped")
 DROPPED = "dropped"
-# Few series make a class: a scan that validates is missed in training, and validation only
-# cools the softmax and places the domain's threshold.
+# Few series make a class, and one that validates is missed in training, while validation only
+# cools the softmax and places the domain's threshold: so many parts are dealt, and the one that
+# takes least of any class validates.
 VALIDATION_FOLDS = 10
 
 IntArray = npt.NDArray[np.int64]
@@ -187,16 +188,23 @@ def deal_grouped(labels: StrArray, groups: IntArray, config: SplitConfig) -> Str
     if smallest < config.folds:
         raise ValueError(f"folds {config.folds}: the smallest class has only {smallest} scans")
 
-    def dealt(chosen: IntArray, folds: int, fold: int) -> IntArray:
+    def parts(chosen: IntArray, folds: int) -> list[IntArray]:
         dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=config.seed)
-        parts = list(dealer.split(chosen, labels[chosen], groups[chosen]))
-        return chosen[parts[fold][1]]  # type: ignore[no-any-return]
+        dealt = dealer.split(chosen, labels[chosen], groups[chosen])
+        return [chosen[inside] for _, inside in dealt]
 
     splits = np.full(len(labels), "train")
-    splits[dealt(np.arange(len(labels)), config.folds, config.fold)] = "test"
+    splits[parts(np.arange(len(labels)), config.folds)[config.fold]] = "test"
     rest = np.flatnonzero(splits == "train")
     num_groups = [len(np.unique(groups[rest][labels[rest] == label])) for label in set(labels)]
-    splits[dealt(rest, max(2, min(VALIDATION_FOLDS, *num_groups)), 0)] = "valid"
+    candidates = parts(rest, max(2, min(VALIDATION_FOLDS, *num_groups)))
+
+    def largest_loss(part: IntArray) -> float:
+        """The largest share of a class that training would lose to this part."""
+        return max(float((labels[part] == label).sum() / (labels[rest] == label).sum())
+                   for label in set(labels))  # fmt: skip
+
+    splits[min((part for part in candidates if len(part)), key=largest_loss)] = "valid"
     return splits
 
 
