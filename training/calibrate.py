@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from training.model import DomainFit
+from training.model import SHARE_FLOOR, DomainFit
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -44,23 +44,37 @@ def fit_temperature(logits: Floats, labels: Labels) -> float:
     return float(math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
+def profiles(features: Floats) -> Floats:
+    """Which channels speak, not how loudly: float32 (N, F) of pooled features (N, F).
+
+    Each feature's share of the scan's total, and the square root of that: the Hellinger
+    transformation of Legendre and Gallagher 2001, with a floor for silent channels. Contrast and
+    window of a slice scale all features alike and cancel out. On the features themselves the
+    distance missed a third of what is no chest CT; see benchmarks/results/README.md.
+    """
+    shares = features / (features.sum(axis=1, keepdims=True) + 1e-6)
+    roots: Floats = np.sqrt(shares + SHARE_FLOOR / features.shape[1])
+    return roots
+
+
 def fit_domain(features: Floats) -> DomainFit:
-    """Mean and whitening of pooled features, float32 (N, 512), of the training scans.
+    """Mean and whitening of the profiles of pooled features, float32 (N, F), of training scans.
 
     The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004), so that it
     can be inverted with fewer scans than channels. With the Cholesky factor L of its inverse,
-    |(f - mean) L| is the Mahalanobis distance (Lee et al. 2018, equation 1, with one class).
+    |(p - mean) L| is the Mahalanobis distance (Lee et al. 2018, equation 1, with one class).
     """
     from sklearn.covariance import LedoitWolf
 
-    fitted = LedoitWolf().fit(features.astype(np.float64))
+    fitted = LedoitWolf().fit(profiles(features).astype(np.float64))
     whitening = np.linalg.cholesky(fitted.precision_)
     return DomainFit(fitted.location_.astype(np.float32), whitening.astype(np.float32))
 
 
 def domain_distances(features: Floats, domain: DomainFit) -> Floats:
-    """Distance float32 (N,) of pooled features (N, 512): what the graph computes."""
-    return np.linalg.norm((features - domain.mean) @ domain.whitening, axis=1)  # type: ignore[no-any-return]
+    """Distance float32 (N,) of pooled features (N, F): what the graph computes."""
+    whitened = (profiles(features) - domain.mean) @ domain.whitening
+    return np.linalg.norm(whitened, axis=1)  # type: ignore[no-any-return]
 
 
 def domain_threshold(validation_distances: Floats, accepted: float) -> float:

@@ -20,6 +20,8 @@ VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 CONVOLUTIONS_OF_BLOCK = (2, 2, 3, 3, 3)
 # Mean of ImageNet in BGR, subtracted from 0..255: keras.applications.imagenet_utils, mode "caffe".
 VGG_MEAN_BGR = (103.939, 116.779, 123.68)
+# Keeps the slope of the square root finite where a channel is silent; a hundredth of a mean share.
+SHARE_FLOOR = 0.01
 GREY_CENTER = 128.0  # what a compressed network subtracts: then a scan is exactly a signed byte
 
 Features = npt.NDArray[np.float32]
@@ -27,11 +29,14 @@ Features = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DomainFit:
-    """Where the training scans lie in feature space.
+    """Where the training scans lie in the space of channel profiles.
+
+    The profile of a scan are the square roots of the shares of its pooled features (`profiles` in
+    `training.calibrate`).
 
     Attributes:
-        mean: float32 (F,), mean of the pooled features, F = 512 in the full network.
-        whitening: float32 (F, F); `(feature - mean) @ whitening` has unit covariance, so its
+        mean: float32 (F,), mean profile, F = 512 in the full network.
+        whitening: float32 (F, F); `(profile - mean) @ whitening` has unit covariance, so its
             Euclidean norm is the Mahalanobis distance.
     """
 
@@ -86,13 +91,15 @@ def build_classifier(
     cooled = layers.Rescaling(1.0 / temperature, dtype="float32", name="temperature")(logits)
     probabilities = layers.Softmax(dtype="float32", name="probabilities")(cooled)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="pooled_features")(features)
+    share = pooled / (keras.ops.sum(pooled, axis=-1, keepdims=True) + 1e-6)
+    profile = keras.ops.sqrt(share + SHARE_FLOOR / widths[-1])
     whitened = layers.Dense(
         widths[-1],
         kernel_initializer="identity",
         trainable=False,
         dtype="float32",
         name="domain_whitening",
-    )(pooled)
+    )(profile)
     distance = keras.ops.norm(whitened, axis=-1, keepdims=True)
     return keras.Model(
         scan,
@@ -169,7 +176,7 @@ def _entrance(model: keras.Model, block: int) -> Any:
 
 
 def set_domain(model: keras.Model, domain: DomainFit) -> None:
-    """Write a fitted domain into the graph: `domain_distance` = |(feature - mean) @ whitening|."""
+    """Write a fitted domain into the graph: `domain_distance` = |(profile - mean) @ whitening|."""
     model.get_layer("domain_whitening").set_weights(
         [domain.whitening, -domain.mean @ domain.whitening]
     )
