@@ -100,9 +100,9 @@ class FitConfig:
     cache: Path = Path(".cache")
     weights: str = "auto"
     first_trained_block: int = 5
-    epochs: int = 24
+    epochs: int = 12
     patience: int = 12
-    averaged_epochs: int = 8
+    averaged_epochs: int = 6
     batch_size: int = 16
     learning_rate: float = 5e-5
     head_regularisation: float = 0.1
