@@ -104,6 +104,35 @@ def test_bad_scans_are_told_and_counted(
     assert f"\n2 out of domain, do not rely on their labels: {kinds}\n" in captured.err
 
 
+def test_table_is_signed_even_when_nothing_was_classified(
+    peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify(scan_folder / "2 text.png", "--url", peer.url) == 1
+    signature = ["model chestct version 1, run run-7", NOT_A_MEDICAL_DEVICE]
+    assert capsys.readouterr().out.splitlines()[2:] == signature
+    peer.model.dies_at_request = 1
+    assert classify(scan_folder / "0 (1).png", "--url", peer.url) == 3
+    assert capsys.readouterr().out.splitlines()[1:] == signature
+
+
+def test_table_names_every_model_that_answered(
+    grpc_peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def roll_out(name: str, array: np.ndarray) -> np.ndarray:
+        if len(grpc_peer.model.requests) == 3:
+            grpc_peer.model.versions = ["2"]
+            grpc_peer.model.parameters["training_run"] = "run-8"
+        return array
+
+    grpc_peer.model.bend_output = roll_out
+    assert classify(good_folder, "--url", grpc_peer.url, "--batch-size", 1) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "model chestct version 1, run run-7",
+        "model chestct version 2, run run-8",
+        NOT_A_MEDICAL_DEVICE,
+    ]
+
+
 def test_json_lines(peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert classify(scan_folder, "--url", peer.url, "--json") == 1
     captured = capsys.readouterr()
@@ -147,7 +176,7 @@ def test_resume_does_what_is_left(
     output.write_text("".join(whole[:2]) + whole[2][:40])  # as a crash leaves it
     grpc_peer.model.requests.clear()
     assert classify(*arguments, "--resume") == 0
-    assert [size for size, _ in grpc_peer.model.requests] == [2, 1]
+    assert sorted(size for size, _ in grpc_peer.model.requests) == [1, 2]  # both under way at once
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["path"] for line in again] == [json.loads(line)["path"] for line in whole]
     capsys.readouterr()
@@ -367,6 +396,21 @@ def test_progress_on_a_terminal(grpc_peer: Any, good_folder: Path) -> None:
     assert re.search(
         r"\r1 scan, [\d.]+ scans/s\r2 scans, .*\r5 scans, [^\r]*\r\x1b\[K5 scans", shown
     )
+
+
+@pytest.mark.parametrize(("options", "times"), [([], 1), (["--json"], 6)])
+def test_notice_on_one_terminal(
+    grpc_peer: Any, good_folder: Path, options: list[str], times: int
+) -> None:
+    """Table and summary stand below each other there, and need it only once."""
+    terminal, end = os.openpty()
+    command = [*COMMAND, "classify", str(good_folder), "--url", grpc_peer.url, *options]
+    done = subprocess.run(command, stdout=end, stderr=end, timeout=60, check=False)
+    os.close(end)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert done.returncode == 0
+    assert shown.count(NOT_A_MEDICAL_DEVICE) == times  # five lines and the summary
 
 
 def test_odd_file_names_do_not_reach_the_terminal(
