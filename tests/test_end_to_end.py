@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from google.protobuf import text_format
+from PIL import Image, ImageOps
 
 from chestct.client import AsyncScanClient, ScanClient
-from chestct.contract import ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ContractError, ServerUnavailableError
 from chestct.scan import list_scans, load_scan
 from export.onnx import sha256_of
@@ -24,6 +25,7 @@ from export.parity import Tolerance, compare, keras_runner, triton_runner
 from export.repository import RepositoryConfig, parsed_config, write_repository
 from serving.local import LocalTriton
 from training.model import load_trained
+from training.phantom import dicom_from_phantom, make_phantom, write_png
 
 pytestmark = pytest.mark.server
 CHESTCT = Path(sys.executable).with_name("chestct")
@@ -128,10 +130,38 @@ def test_directory_with_bad_files_is_classified_to_the_end(triton, trained, tmp_
     assert "not a medical device" in done.stderr.lower()
 
 
+def test_what_is_no_axial_chest_ct_is_refused_or_flagged(triton, trained, tmp_path):
+    """Each with its reasons in words; those of the file come before that of the network."""
+    phantom = make_phantom("normal", 5)
+    write_png(phantom, tmp_path / "chest.png")
+    with Image.open(tmp_path / "chest.png") as chest:
+        ImageOps.colorize(chest.convert("L"), "blue", "yellow").save(tmp_path / "coloured.png")
+    coronal = dicom_from_phantom(phantom)
+    coronal.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    coronal.save_as(tmp_path / "coronal.dcm", enforce_file_format=True)
+    done = run_chestct("classify", str(tmp_path), "--url", triton.grpc_url, "--json")
+    assert done.returncode == 1, done.stderr
+    lines = {Path(x["path"]).name: x for x in map(json.loads, done.stdout.splitlines())}
+    assert lines["coronal.dcm"]["error"]["type"] == "OutOfDomainError"
+    assert "the plane is coronal" in lines["coronal.dcm"]["error"]["message"]
+    assert lines["coloured.png"]["in_domain"] is False
+    assert lines["coloured.png"]["reasons"][0].startswith("coloured: ")
+    threshold = load_trained(trained.model)[1].domain_threshold
+    for name in ("chest.png", "coloured.png"):
+        line = lines[name]
+        said = [reason.partition(":")[0] for reason in line.get("reasons", [])]
+        assert ("unlike the training scans" in said) == (line["domain_distance"] > threshold)
+        assert line["in_domain"] is (said == [])
+    assert {line["notice"] for line in lines.values()} == {NOT_A_MEDICAL_DEVICE}
+    assert "1 refused: no axial CT slice by the DICOM tags" in done.stderr
+    assert "1 coloured" in done.stderr
+
+
 def test_health_is_a_real_inference(triton):
     done = run_chestct("health", "--url", triton.http_url)
     assert done.returncode == 0, done.stderr
-    assert "chestct" in done.stdout
+    assert done.stdout.startswith("chestct version 1, run ")
+    assert done.stdout.endswith(f"\n{NOT_A_MEDICAL_DEVICE}\n")
 
 
 def test_resume_finishes_the_rest(triton, trained, tmp_path):

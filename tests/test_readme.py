@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from chestct.client import Predictions
+from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.report import json_text, result_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 README = (CHECKOUT / "README.md").read_text()
@@ -47,6 +53,26 @@ def test_every_subcommand_of_the_client_is_shown(capsys):
     assert {"classify", "health"} <= set(subcommands)
     for name in subcommands:
         assert f"chestct {name}" in README
+
+
+def test_json_line_is_as_the_client_prints_it():
+    """Made again from its own values: fields, their order and the numbers' form."""
+    (shown,) = re.findall(r"```json\n(.*\n)```", README)
+    line = json.loads(shown)
+    facts = ModelFacts(
+        tuple(line["probabilities"]), LUNG_WINDOW, 1.0, 1e9, line["model"]["run"], "00" * 32
+    )
+    predictions = Predictions(
+        np.array([list(line["probabilities"].values())], np.float32),
+        None,
+        np.array([line["domain_distance"]], np.float32),
+        facts,
+        line["model"]["name"],
+        line["model"]["version"],
+    )
+    decode_ms, infer_ms = line["ms"].values()
+    made = result_line(line["path"], predictions, 0, decode_ms=decode_ms, infer_ms=infer_ms)
+    assert json_text(made) == shown
 
 
 def test_links_lead_somewhere():

@@ -55,10 +55,10 @@ class FakeModel:
         return self.bend_tensors(kind, found)
 
     def outputs(self, scans: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Class = mean grey by quarters of the range; distance = 40 without texture, else 2."""
+        """Class = upper quartile of the grey by quarters; distance = 40 without texture, else 2."""
         self.requests.append((len(scans), names))
-        mean = scans.reshape(len(scans), -1).mean(axis=1)
-        chosen = np.minimum(mean // 64, self.num_classes - 1).astype(int)
+        bright = np.percentile(scans.reshape(len(scans), -1), 75, axis=1)
+        chosen = np.minimum(bright // 64, self.num_classes - 1).astype(int)
         probabilities = np.full((len(scans), self.num_classes), 0.1, np.float32)
         probabilities[np.arange(len(scans)), chosen] = 1 - 0.1 * (self.num_classes - 1)
         spread = scans.reshape(len(scans), -1).std(axis=1)
@@ -323,6 +323,20 @@ def grey_slice() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture
+def chest_slice() -> Callable[..., np.ndarray]:
+    """uint8 (120, 160): a body as bright as asked for with two lungs in it, and noise."""
+
+    def make(level: int, seed: int = 0) -> np.ndarray:
+        rows, columns = np.mgrid[-1:1:120j, -1:1:160j]
+        lungs = rows**2 / 0.4 + (np.abs(columns) - 0.4) ** 2 / 0.06 < 1
+        grey = np.where(lungs, 0.1, 1.0) * level * (rows**2 + columns**2 < 0.95)
+        noise = np.random.default_rng(seed).normal(0, 3, grey.shape)
+        return np.clip(grey + noise, 0, 255).astype(np.uint8)
+
+    return make
+
+
+@pytest.fixture
 def scans(grey_slice: Callable[..., np.ndarray]) -> np.ndarray:
     """uint8 (6, 224, 224, 1) whose classes are 0, 1, 2, 3, 0, 1."""
     means = (40, 100, 160, 220, 40, 100)
@@ -331,13 +345,13 @@ def scans(grey_slice: Callable[..., np.ndarray]) -> np.ndarray:
 
 
 @pytest.fixture
-def scan_folder(tmp_path: Path, grey_slice: Callable[..., np.ndarray]) -> Path:
+def scan_folder(tmp_path: Path, chest_slice: Callable[..., np.ndarray]) -> Path:
     """Five good PNG files, two broken ones among them, and one file of another kind."""
     folder = tmp_path / "scans"
     (folder / "inner").mkdir(parents=True)
-    for index, mean in enumerate((40, 100, 160, 220)):
-        Image.fromarray(grey_slice(mean, seed=index)).save(folder / f"{index} (1).png")
-    Image.fromarray(grey_slice(40, seed=9)).save(folder / "inner" / "a.PNG")
+    for index, level in enumerate((40, 100, 160, 220)):
+        Image.fromarray(chest_slice(level, seed=index)).save(folder / f"{index} (1).png")
+    Image.fromarray(chest_slice(40, seed=9)).save(folder / "inner" / "a.PNG")
     (folder / "2 text.png").write_text("this is no picture\n")
     whole = (folder / "3 (1).png").read_bytes()
     (folder / "2 torn.png").write_bytes(whole[: len(whole) // 2])

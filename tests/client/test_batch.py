@@ -18,7 +18,7 @@ from chestct.client import ScanClient
 from chestct.contract import Window
 from chestct.errors import InferenceError, ServerUnavailableError
 from chestct.report import json_text
-from chestct.scan import list_scans, load_scan
+from chestct.scan import Scan, inspect_scan, list_scans
 
 
 @pytest.fixture
@@ -46,6 +46,29 @@ def test_lines_keep_the_order_and_bad_files_stop_nothing(
         ("a.PNG", "adenocarcinoma"),
     ]
     assert all(line["ms"]["infer"] > 0 for line in lines if line["status"] == "ok")
+
+
+def test_reasons_stay_with_their_files(
+    client: ScanClient, scan_folder: Path, grey_slice: Callable[..., np.ndarray]
+) -> None:
+    """What the file tells comes before what the network tells, in the one batch of both."""
+    Image.fromarray(grey_slice(100)).save(scan_folder / "1 small.png")
+    Image.fromarray(np.full((200, 200), 90, np.uint8)).save(scan_folder / "3 flat.png")
+    names = ("0 (1).png", "1 small.png", "2 text.png", "3 flat.png")
+    lines = dict(
+        zip(names, classify_paths(client, [scan_folder / name for name in names]), strict=True)
+    )
+    kinds = {
+        name: [reason.partition(":")[0] for reason in line.get("reasons", [])]
+        for name, line in lines.items()
+    }
+    assert kinds == {
+        "0 (1).png": [],
+        "1 small.png": ["small"],
+        "2 text.png": [],
+        "3 flat.png": ["blank", "unlike the training scans"],
+    }
+    assert [line.get("in_domain") for line in lines.values()] == [True, False, None, False]
 
 
 def test_scans_are_sent_in_batches_without_maps(
@@ -117,11 +140,11 @@ def test_dicom_is_shown_in_the_window_of_the_model(
 ) -> None:
     seen: list[Window] = []
 
-    def spy(path: Path, window: Window) -> np.ndarray:
+    def spy(path: Path, window: Window) -> Scan:
         seen.append(window)
-        return load_scan(path, window)
+        return inspect_scan(path, window)
 
-    monkeypatch.setattr("chestct.batch.load_scan", spy)
+    monkeypatch.setattr("chestct.batch.inspect_scan", spy)
     grpc_peer.model.parameters["window_center_hu"] = "40.0"
     grpc_peer.model.parameters["window_width_hu"] = "400.0"
     with ScanClient(grpc_peer.url) as client:

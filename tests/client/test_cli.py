@@ -20,6 +20,7 @@ from PIL import Image
 import chestct
 from chestct import cli
 from chestct.contract import NOT_A_MEDICAL_DEVICE
+from training.phantom import dicom_from_phantom, make_phantom, write_dicom
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from chestct.cli import entry_point as e; e()"]
 
@@ -51,7 +52,7 @@ def classify(*arguments: object) -> int:
 def test_table(peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert classify(good_folder, "--url", peer.url) == 0
     captured = capsys.readouterr()
-    header, *rows = captured.out.splitlines()
+    header, *rows, model, notice = captured.out.splitlines()
     assert header.split() == ["label", "probability", "in", "domain", "path"]
     column = header.index("path")
     assert [row[column:] for row in rows] == [
@@ -60,24 +61,76 @@ def test_table(peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert rows[2].split()[:3] == ["normal", "0.700", "yes"]
     assert re.search(r"5 scans, [\d.]+ scans/s: 2 adenocarcinoma, 1 large_cell,", captured.err)
-    assert "model chestct version 1, run run-7" in captured.err
-    assert captured.err.count(NOT_A_MEDICAL_DEVICE) == 1
+    # A table in a file has to say it too, and whoever sends it there reads stderr.
+    assert (model, notice) == ("model chestct version 1, run run-7", NOT_A_MEDICAL_DEVICE)
+    assert captured.err.splitlines()[-2:] == [model, notice]
     assert "out of domain" not in captured.err
+    assert "refused" not in captured.err
 
 
 def test_bad_scans_are_told_and_counted(
-    peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]
+    peer: Any,
+    scan_folder: Path,
+    chest_slice: Callable[..., np.ndarray],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Image.fromarray(np.full((50, 50), 90, np.uint8)).save(scan_folder / "9 flat.png")
+    Image.fromarray(np.full((120, 120), 90, np.uint8)).save(scan_folder / "8 flat.png")
+    Image.fromarray(chest_slice(40)[:90]).save(scan_folder / "9 low.png")
+    write_dicom(make_phantom("normal", 3, size=128), scan_folder / "axial.dcm")
+    coronal = dicom_from_phantom(make_phantom("normal", 3, size=128))
+    coronal.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    coronal.save_as(scan_folder / "coronal.dcm", enforce_file_format=True)
     assert classify(scan_folder, "--url", peer.url) == 1
     captured = capsys.readouterr()
     rows = captured.out.splitlines()
-    assert sum(row.startswith("ERROR") for row in rows) == 2
+    assert sum(row.startswith("ERROR") for row in rows) == 3
     assert "2 text.png: neither PNG, JPEG nor DICOM" in captured.out
-    (flat,) = (row for row in rows if row.endswith("9 flat.png"))
-    assert flat.split()[2] == "NO"
-    assert "2 failed" in captured.err
-    assert "1 out of domain" in captured.err
+    names = ("8 flat.png", "9 low.png", "axial.dcm", "coronal.dcm")
+    rest = {name: row.split(maxsplit=2)[2] for name in names for row in rows if name in row}
+    assert rest["8 flat.png"] == (
+        f"NO         {scan_folder}/8 flat.png: blank: nearly all of it lies within 0 of 255 grey "
+        "levels, expected at least 32; unlike the training scans: distance 40.0, limit 10.0"
+    )
+    assert rest["9 low.png"] == (
+        f"NO         {scan_folder}/9 low.png: small: 160 x 90 pixels, expected at least 96 a side"
+    )
+    assert rest["axial.dcm"] == f"yes        {scan_folder}/axial.dcm"
+    assert rest["coronal.dcm"].startswith(
+        f"NO         {scan_folder}/coronal.dcm: no axial CT slice"
+    )
+    assert ": 3 adenocarcinoma, 2 large_cell, 2 normal, 1 squamous_cell, 3 failed" in captured.err
+    assert "\n1 refused: no axial CT slice by the DICOM tags\n" in captured.err
+    kinds = "1 blank, 1 unlike the training scans, 1 small"
+    assert f"\n2 out of domain, do not rely on their labels: {kinds}\n" in captured.err
+
+
+def test_table_is_signed_even_when_nothing_was_classified(
+    peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify(scan_folder / "2 text.png", "--url", peer.url) == 1
+    signature = ["model chestct version 1, run run-7", NOT_A_MEDICAL_DEVICE]
+    assert capsys.readouterr().out.splitlines()[2:] == signature
+    peer.model.dies_at_request = 1
+    assert classify(scan_folder / "0 (1).png", "--url", peer.url) == 3
+    assert capsys.readouterr().out.splitlines()[1:] == signature
+
+
+def test_table_names_every_model_that_answered(
+    grpc_peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def roll_out(name: str, array: np.ndarray) -> np.ndarray:
+        if len(grpc_peer.model.requests) == 3:
+            grpc_peer.model.versions = ["2"]
+            grpc_peer.model.parameters["training_run"] = "run-8"
+        return array
+
+    grpc_peer.model.bend_output = roll_out
+    assert classify(good_folder, "--url", grpc_peer.url, "--batch-size", 1) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "model chestct version 1, run run-7",
+        "model chestct version 2, run run-8",
+        NOT_A_MEDICAL_DEVICE,
+    ]
 
 
 def test_json_lines(peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +141,7 @@ def test_json_lines(peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[
     assert lines[0]["label"] == "adenocarcinoma"
     assert lines[0]["model"] == {"name": "chestct", "version": "1", "run": "run-7"}
     assert lines[3]["error"]["type"] == "ScanDecodeError"
+    assert {line["notice"] for line in lines} == {NOT_A_MEDICAL_DEVICE}
 
 
 def test_output_holds_the_lines_of_stdout(
@@ -122,7 +176,7 @@ def test_resume_does_what_is_left(
     output.write_text("".join(whole[:2]) + whole[2][:40])  # as a crash leaves it
     grpc_peer.model.requests.clear()
     assert classify(*arguments, "--resume") == 0
-    assert [size for size, _ in grpc_peer.model.requests] == [2, 1]
+    assert sorted(size for size, _ in grpc_peer.model.requests) == [1, 2]  # both under way at once
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["path"] for line in again] == [json.loads(line)["path"] for line in whole]
     capsys.readouterr()
@@ -204,7 +258,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out == f"chestct {chestct.__version__}\n"
+    expected = f"chestct {chestct.__version__} ({NOT_A_MEDICAL_DEVICE})\n"
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize("command", ["classify", "health"])
@@ -220,9 +275,11 @@ def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[st
 def test_health(peer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["health", "--url", peer.url]) == 0
     captured = capsys.readouterr()
-    pattern = r"chestct version 1, run run-7: answered in \d+\.\d ms\n"
-    assert re.fullmatch(pattern, captured.out)
-    assert captured.err == f"{NOT_A_MEDICAL_DEVICE}\n"
+    pattern = r"chestct version 1, run run-7: answered in \d+\.\d ms\n(.*)\n"
+    answered = re.fullmatch(pattern, captured.out)
+    assert answered is not None
+    assert answered[1] == NOT_A_MEDICAL_DEVICE
+    assert captured.err == ""
 
 
 def test_no_server(
@@ -341,6 +398,21 @@ def test_progress_on_a_terminal(grpc_peer: Any, good_folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("options", "times"), [([], 1), (["--json"], 6)])
+def test_notice_on_one_terminal(
+    grpc_peer: Any, good_folder: Path, options: list[str], times: int
+) -> None:
+    """Table and summary stand below each other there, and need it only once."""
+    terminal, end = os.openpty()
+    command = [*COMMAND, "classify", str(good_folder), "--url", grpc_peer.url, *options]
+    done = subprocess.run(command, stdout=end, stderr=end, timeout=60, check=False)
+    os.close(end)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert done.returncode == 0
+    assert shown.count(NOT_A_MEDICAL_DEVICE) == times  # five lines and the summary
+
+
 def test_odd_file_names_do_not_reach_the_terminal(
     grpc_peer: Any, good_folder: Path, grey_slice: Callable[..., np.ndarray]
 ) -> None:
@@ -351,5 +423,5 @@ def test_odd_file_names_do_not_reach_the_terminal(
         done = run(["classify", good_folder, "--url", grpc_peer.url], env=environment)
         assert done.returncode == 0
         assert "\x1b" not in done.stdout
-        assert len(done.stdout.splitlines()) == 7
+        assert len(done.stdout.splitlines()) == 9
         assert r"\x1b[31m\udcff\n" in done.stdout

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 from chestct.client import Predictions
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ScanDecodeError
 from chestct.report import error_line, json_text, result_line
 
@@ -28,9 +29,11 @@ def test_result_line_has_the_fields_of_the_design(predictions: Predictions) -> N
         "label": "cancer",
         "probabilities": {"cancer": 0.7, "normal": 0.3},
         "in_domain": False,
+        "reasons": ["unlike the training scans: distance 7.1, limit 5.0"],
         "domain_distance": 7.1,
         "model": {"name": "chestct", "version": "4", "run": "run-3"},
         "ms": {"decode": 1.235, "infer": 20.0},
+        "notice": NOT_A_MEDICAL_DEVICE,
     }
     assert list(line) == [
         "path",
@@ -38,9 +41,26 @@ def test_result_line_has_the_fields_of_the_design(predictions: Predictions) -> N
         "label",
         "probabilities",
         "in_domain",
+        "reasons",
         "domain_distance",
         "model",
         "ms",
+        "notice",
+    ]
+
+
+def test_in_domain_is_no_reason_at_all(predictions: Predictions) -> None:
+    def line(index: int, *reasons: str) -> dict[str, Any]:
+        return result_line("a", predictions, index, decode_ms=0, infer_ms=0, reasons=reasons)
+
+    assert line(0)["in_domain"] is True
+    assert "reasons" not in line(0)
+    assert line(0, "small: very")["in_domain"] is False
+    assert line(0, "small: very")["reasons"] == ["small: very"]
+    assert line(1, "small: very", "blank: yes")["reasons"] == [
+        "small: very",
+        "blank: yes",
+        "unlike the training scans: distance 7.1, limit 5.0",
     ]
 
 
@@ -59,6 +79,7 @@ def test_error_line_leaves_out_what_does_not_apply() -> None:
         "path": "a.png",
         "status": "error",
         "error": {"type": "ScanDecodeError", "message": "a.png: the file is empty"},
+        "notice": NOT_A_MEDICAL_DEVICE,
     }
 
 

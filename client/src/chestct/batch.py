@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from chestct.client import ScanClient
 from chestct.contract import Window
 from chestct.errors import ScanDecodeError, ServerError
 from chestct.report import error_line, result_line
-from chestct.scan import load_scan
+from chestct.scan import Scan, inspect_scan
 
 __all__ = ["classify_paths", "finished_paths"]
 
@@ -32,7 +31,7 @@ LINE_START = b'{"path": '  # how `report.json_text` begins every record
 @dataclass(frozen=True)
 class _Decoded:
     path: str
-    scan: npt.NDArray[np.uint8] | ScanDecodeError
+    scan: Scan | ScanDecodeError
     decode_ms: float
 
 
@@ -47,8 +46,8 @@ def classify_paths(
     Files are decoded by threads while earlier ones are on the wire. Over gRPC two requests are
     under way at once, so that a server always has the next one and one with several instances has
     work for two; over HTTP it is one, because a connection belongs to one thread. At most four
-    batches are held. A file that cannot be decoded becomes a record of its error, and the rest
-    goes on.
+    batches are held. A file that cannot be decoded, or is no axial CT slice by its DICOM tags,
+    becomes a record of its error, and the rest goes on.
 
     Args:
         client: A connected client.
@@ -97,9 +96,9 @@ def classify_paths(
 
 def _decode(path: Path, window: Window) -> _Decoded:
     start = time.perf_counter()
-    scan: npt.NDArray[np.uint8] | ScanDecodeError
+    scan: Scan | ScanDecodeError
     try:
-        scan = load_scan(path, window)
+        scan = inspect_scan(path, window)
     except ScanDecodeError as error:
         scan = error
     return _Decoded(str(path), scan, 1000 * (time.perf_counter() - start))
@@ -108,7 +107,7 @@ def _decode(path: Path, window: Window) -> _Decoded:
 def _classified(client: ScanClient, batch: list[_Decoded]) -> _Outcome:
     """The records of a batch in its order, those of its errors alone when the server failed."""
     lines: dict[int, dict[str, Any]] = {}
-    scans: dict[int, npt.NDArray[np.uint8]] = {}
+    scans: dict[int, Scan] = {}
     for place, item in enumerate(batch):
         if isinstance(item.scan, ScanDecodeError):
             lines[place] = error_line(item.path, item.scan)
@@ -117,14 +116,19 @@ def _classified(client: ScanClient, batch: list[_Decoded]) -> _Outcome:
     if scans:
         start = time.perf_counter()
         try:
-            predictions = client.classify(np.stack(list(scans.values())), with_map=False)
+            pixels = np.stack([scan.pixels for scan in scans.values()])
+            predictions = client.classify(pixels, with_map=False)
         except ServerError as error:
             return list(lines.values()), error
         infer_ms = 1000 * (time.perf_counter() - start) / len(scans)
-        for index, place in enumerate(scans):
-            item = batch[place]
+        for index, (place, scan) in enumerate(scans.items()):
             lines[place] = result_line(
-                item.path, predictions, index, decode_ms=item.decode_ms, infer_ms=infer_ms
+                batch[place].path,
+                predictions,
+                index,
+                decode_ms=batch[place].decode_ms,
+                infer_ms=infer_ms,
+                reasons=scan.reasons,
             )
     return [lines[place] for place in range(len(batch))], None
 

@@ -17,7 +17,7 @@ from chestct import __version__
 from chestct.batch import classify_paths, finished_paths
 from chestct.client import ScanClient, TLSOptions
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
-from chestct.errors import ServerError
+from chestct.errors import OutOfDomainError, ServerError
 from chestct.report import json_text
 from chestct.scan import SCAN_SUFFIXES, list_scans
 
@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="chestct",
         description=f"Classify chest-CT slices with a Triton server. {NOT_A_MEDICAL_DEVICE}",
     )
-    parser.add_argument("--version", action="version", version=f"chestct {__version__}")
+    version = f"chestct {__version__} ({NOT_A_MEDICAL_DEVICE})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     server = argparse.ArgumentParser(add_help=False)
@@ -154,9 +155,8 @@ def _health(arguments: argparse.Namespace) -> int:
         health = client.health()
     sys.stdout.write(
         f"{health.model} version {health.version}, run {health.run}: "
-        f"answered in {health.latency_ms:.1f} ms\n"
+        f"answered in {health.latency_ms:.1f} ms\n{health.notice}\n"
     )
-    _say(NOT_A_MEDICAL_DEVICE)
     return DONE
 
 
@@ -178,7 +178,9 @@ def _classify(arguments: argparse.Namespace) -> int:
             opened = arguments.output.open("a", buffering=1, encoding="ascii", newline="\n")
             outputs.append(stack.enter_context(opened))
         table = None if arguments.json else _Table(client.facts.labels)
-        tally = stack.enter_context(_Tally())
+        tally = stack.enter_context(_Tally(client, has_table=table is not None))
+        if table is not None:
+            stack.callback(lambda: table.sign(tally.signature))
         for line in classify_paths(client, chain([first], left), arguments.batch_size):
             for output in outputs:
                 output.write(json_text(line))
@@ -224,7 +226,7 @@ def _finished(output: Path | None, resume: bool) -> set[str]:
 
 
 class _Table:
-    """Rows on stdout; the path stands last, so that they align without knowing all of them."""
+    """Rows on stdout; path and reasons stand last, so that they align without knowing all."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._width = max(len(label) for label in (*labels, "label"))
@@ -233,10 +235,20 @@ class _Table:
     def write(self, line: dict[str, Any]) -> None:
         """One row for a record."""
         if line["status"] == "error":
-            self._row("ERROR", "-", "-", line["error"]["message"])
+            self._row("ERROR", "-", "NO" if _is_refused(line) else "-", line["error"]["message"])
             return
         probability = f"{line['probabilities'][line['label']]:.3f}"
-        self._row(line["label"], probability, "yes" if line["in_domain"] else "NO", line["path"])
+        if line["in_domain"]:
+            self._row(line["label"], probability, "yes", line["path"])
+        else:
+            text = f"{line['path']}: {'; '.join(line['reasons'])}"
+            self._row(line["label"], probability, "NO", text)
+
+    def sign(self, signature: Sequence[str]) -> None:
+        """Ends the table: it may be kept without what stderr says."""
+        for text in signature:
+            sys.stdout.write(_printable(text, sys.stdout) + "\n")
+        sys.stdout.flush()
 
     def _row(self, label: str, probability: str, in_domain: str, text: str) -> None:
         row = f"{label:<{self._width}}  {probability:>11}  {in_domain:<9}  {text}"
@@ -246,14 +258,18 @@ class _Table:
 class _Tally:
     """Counts what was done; shows progress on a terminal and a summary at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: ScanClient, *, has_table: bool) -> None:
         self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._num_outside = 0
+        self._num_refused = 0
         self.num_errors = 0
-        self._model = ""
+        self._asked = _model_text(client.model, client.model_version, client.facts.run)
+        self._answered: dict[str, None] = {}
         self._start_s = time.perf_counter()
         # Rows that scroll by on the same terminal are progress enough.
         self._is_shown = sys.stderr.isatty() and not sys.stdout.isatty()
+        self._is_signed = has_table and sys.stderr.isatty() and sys.stdout.isatty()
 
     def __enter__(self) -> _Tally:
         return self
@@ -264,23 +280,30 @@ class _Tally:
         parts = [f"{count} {label}" for label, count in sorted(self._counts.items())]
         parts += [f"{self.num_errors} failed"] if self.num_errors else []
         _say(f"{self._progress()}: {', '.join(parts) or 'nothing finished'}")
+        if self._num_refused:
+            _say(f"{self._num_refused} refused: no axial CT slice by the DICOM tags")
         if self._num_outside:
-            _say(
-                f"{self._num_outside} out of domain: unlike the training scans, do not rely on "
-                "their labels"
-            )
-        if self._model:
-            _say(self._model)
-        _say(NOT_A_MEDICAL_DEVICE)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self._reasons.most_common())
+            _say(f"{self._num_outside} out of domain, do not rely on their labels: {kinds}")
+        if not self._is_signed:
+            for text in self.signature:
+                _say(text)
+
+    @property
+    def signature(self) -> list[str]:
+        """What made the results, and what they are not."""
+        return [*(self._answered or [self._asked]), NOT_A_MEDICAL_DEVICE]
 
     def add(self, line: dict[str, Any]) -> None:
         """Counts one record."""
         if line["status"] == "error":
             self.num_errors += 1
+            self._num_refused += _is_refused(line)
         else:
             self._counts[line["label"]] += 1
             self._num_outside += not line["in_domain"]
-            self._model = "model {name} version {version}, run {run}".format(**line["model"])
+            self._reasons.update(reason.partition(":")[0] for reason in line.get("reasons", ()))
+            self._answered[_model_text(**line["model"])] = None
         if self._is_shown:
             sys.stderr.write(f"\r{self._progress()}")
             sys.stderr.flush()
@@ -289,6 +312,14 @@ class _Tally:
         num_scans = self._counts.total() + self.num_errors
         rate = num_scans / (time.perf_counter() - self._start_s)
         return f"{num_scans} scan{'s' * (num_scans != 1)}, {rate:.1f} scans/s"
+
+
+def _model_text(name: str, version: str, run: str) -> str:
+    return f"model {name} version {version}, run {run}"
+
+
+def _is_refused(line: dict[str, Any]) -> bool:
+    return bool(line["error"]["type"] == OutOfDomainError.__name__)
 
 
 def _say(text: object) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from chestct.contract import (
     INPUT_NAME,
     MODEL_NAME,
+    NOT_A_MEDICAL_DEVICE,
     OUTPUT_NAMES,
     SCAN_SHAPE,
     SCAN_SIZE,
@@ -121,9 +122,35 @@ class Predictions:
 
     @property
     def in_domain(self) -> npt.NDArray[np.bool_]:
-        """Bool (N,): whether each scan resembles the training scans."""
+        """Bool (N,): whether each scan resembles the training scans to the network.
+
+        What a file itself tells against a scan stands in `Scan.reasons`.
+        """
         inside: npt.NDArray[np.bool_] = self.domain_distance <= self.facts.domain_threshold
         return inside
+
+    @property
+    def reasons(self) -> list[list[str]]:
+        """Why each scan is not in domain, in words; empty for one that is."""
+        return [
+            []
+            if is_inside
+            else [
+                f"unlike the training scans: distance {distance:.1f}, "
+                f"limit {self.facts.domain_threshold:.1f}"
+            ]
+            for is_inside, distance in zip(self.in_domain, self.domain_distance, strict=True)
+        ]
+
+    @property
+    def run(self) -> str:
+        """The training run of the model that answered."""
+        return self.facts.run
+
+    @property
+    def notice(self) -> str:
+        """What has to be said with every answer: not a medical device."""
+        return NOT_A_MEDICAL_DEVICE
 
 
 @dataclass(frozen=True)
@@ -135,12 +162,14 @@ class Health:
         version: Its version.
         run: Its training run.
         latency_ms: Wall time of the request, wire included.
+        notice: What has to be said with every answer: not a medical device.
     """
 
     model: str
     version: str
     run: str
     latency_ms: float
+    notice: str = NOT_A_MEDICAL_DEVICE
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 ChestCTError
 +-- ScanDecodeError          a file is not a readable axial slice
+|   +-- OutOfDomainError     a DICOM file whose tags say that it is no axial CT slice
 +-- ServerError
     +-- ServerUnavailableError   nobody answers, or the model is not ready
     +-- InferenceTimeoutError    the deadline passed
@@ -14,6 +15,7 @@ __all__ = [
     "ContractError",
     "InferenceError",
     "InferenceTimeoutError",
+    "OutOfDomainError",
     "ScanDecodeError",
     "ServerError",
     "ServerUnavailableError",
@@ -26,6 +28,10 @@ class ChestCTError(Exception):
 
 class ScanDecodeError(ChestCTError):
     """A file that cannot be turned into a scan; the message names the file and the remedy."""
+
+
+class OutOfDomainError(ScanDecodeError):
+    """A DICOM file that is no axial CT slice by its own tags; the message gives every reason."""
 
 
 class ServerError(ChestCTError):

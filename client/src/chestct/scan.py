@@ -14,6 +14,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,18 @@ from PIL import Image
 
 from chestct.body import body_box
 from chestct.contract import LUNG_WINDOW, SCAN_SIZE, Window
-from chestct.errors import ScanDecodeError
+from chestct.domain import DOMAIN_KEYWORDS, dicom_reasons, picture_reasons, slice_reasons
+from chestct.errors import OutOfDomainError, ScanDecodeError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 __all__ = [
     "SCAN_SUFFIXES",
+    "Scan",
     "apply_window",
     "decode_scan",
+    "inspect_scan",
     "list_scans",
     "load_grey",
     "load_scan",
@@ -54,9 +58,9 @@ BARE_DICOM_SIGNATURES = (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00", b"\x08\x00")
 DEFLATED_TRANSFER_SYNTAX = b"\x02\x00\x10\x00UI\x16\x001.2.840.10008.1.2.1.99"
 ACCEPTED = "expected an axial slice as PNG, JPEG or DICOM"
 
-# All that is read of a DICOM file: what says how to decode the pixels, and how to show them.
+# All that is read of a DICOM file: what it is, how to decode its pixels, and how to show them.
 DICOM_KEYWORDS = (
-    "Modality",
+    *DOMAIN_KEYWORDS,
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "PlanarConfiguration",
@@ -79,6 +83,20 @@ DICOM_KEYWORDS = (
     "DoubleFloatPixelData",
     "PixelData",
 )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan and what speaks against it.
+
+    Attributes:
+        pixels: uint8 (224, 224, 1), 0 = floor of the window, 255 = its ceiling.
+        reasons: Why it does not look like an axial chest-CT slice, a sentence each; empty for one
+            that does.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    reasons: tuple[str, ...]
 
 
 def apply_window(
@@ -148,6 +166,7 @@ def decode_scan(data: bytes, name: str, window: Window = LUNG_WINDOW) -> npt.NDA
         uint8 (224, 224, 1), 0 = floor of the window, 255 = its ceiling.
 
     Raises:
+        OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The bytes are no readable single grey slice.
     """
     return _resized(_decode_grey(data, name, window))
@@ -164,9 +183,30 @@ def load_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
         uint8 (224, 224, 1), 0 = floor of the window, 255 = its ceiling.
 
     Raises:
+        OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
     return decode_scan(_read_file(path), os.fspath(path), window)
+
+
+def inspect_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> Scan:
+    """The tensor of one scan file, as `load_scan` gives it, and why to doubt it.
+
+    Args:
+        path: A PNG, JPEG or DICOM file.
+        window: Window for DICOM slices; pictures are windowed already.
+
+    Raises:
+        OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
+        ScanDecodeError: The file cannot be read or is no single grey slice.
+    """
+    grey, source = _decode(_read_file(path), os.fspath(path), window)
+    with _without_warnings:
+        if isinstance(source, Image.Image):
+            reasons = picture_reasons(source, grey)
+        else:
+            reasons = slice_reasons(source, grey, window)
+    return Scan(_resized(grey), tuple(reasons))
 
 
 def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt.NDArray[np.uint8]:
@@ -180,6 +220,7 @@ def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
         uint8 (H, W), 0 = floor of the window, 255 = its ceiling.
 
     Raises:
+        OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
     return np.array(_decode_grey(_read_file(path), os.fspath(path), window))
@@ -271,6 +312,11 @@ def _require_sides(width: int, height: int, name: str) -> None:
 
 def _decode_grey(data: bytes, name: str, window: Window) -> Image.Image:
     """A picture of mode L, in the size of the file."""
+    return _decode(data, name, window)[0]
+
+
+def _decode(data: bytes, name: str, window: Window) -> tuple[Image.Image, Image.Image | Dataset]:
+    """A picture of mode L, in the size of the file, and what it was made from."""
     _require_size(len(data), name)
     is_dicom = data[128:132] == b"DICM" or data.startswith(BARE_DICOM_SIGNATURES)
     if not is_dicom and not data.startswith((PNG_SIGNATURE, JPEG_SIGNATURE)):
@@ -278,8 +324,10 @@ def _decode_grey(data: bytes, name: str, window: Window) -> Image.Image:
     try:
         with _without_warnings:
             if is_dicom:
-                return Image.fromarray(_grey_from_dicom(data, name, window))
-            return _grey_from_picture(data, name)
+                dataset = _read_dicom(data, name)
+                return Image.fromarray(_grey_from_dicom(dataset, name, window)), dataset
+            picture = _open_picture(data, name)
+            return _grey_from_picture(picture, name), picture
     except ScanDecodeError:
         raise
     except Exception as error:  # broken files make the decoders raise nearly anything
@@ -320,9 +368,13 @@ class _WithoutWarnings:
 _without_warnings = _WithoutWarnings()
 
 
-def _grey_from_picture(data: bytes, name: str) -> Image.Image:
-    picture: Image.Image = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
+def _open_picture(data: bytes, name: str) -> Image.Image:
+    picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
     _require_sides(picture.width, picture.height, name)
+    return picture
+
+
+def _grey_from_picture(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith("I"):
         return Image.fromarray(_grey_from_16_bit(np.asarray(picture), name))
     if picture.has_transparency_data:
@@ -346,13 +398,21 @@ def _grey_from_16_bit(samples: npt.NDArray[Any], name: str) -> npt.NDArray[np.ui
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _grey_from_dicom(data: bytes, name: str, window: Window) -> npt.NDArray[np.uint8]:
-    """Order: stored values, rescale to HU, window, then MONOCHROME1 and padding."""
+def _read_dicom(data: bytes, name: str) -> Dataset:
     from pydicom import dcmread
 
     _require_honest_deflation(data, name)
     dataset = dcmread(BytesIO(data), force=True, specific_tags=list(DICOM_KEYWORDS))
+    if reasons := dicom_reasons(dataset):
+        raise OutOfDomainError(
+            f"{name}: no axial CT slice: {'; '.join(reasons)}. Send an axial slice of a chest CT."
+        )
     _require_one_grey_frame(dataset, name)
+    return dataset
+
+
+def _grey_from_dicom(dataset: Dataset, name: str, window: Window) -> npt.NDArray[np.uint8]:
+    """Order: stored values, rescale to HU, window, then MONOCHROME1 and padding."""
     stored = _stored_values(dataset, name)
     if stored.dtype.kind not in "iu" or stored.dtype.itemsize > 2:
         return _grey_from_stored(stored, dataset, name, window)
