@@ -15,6 +15,7 @@ from typing import Any
 from training.command import command_parser, run_command
 from training.config import load_config
 from training.crossvalidate import CrossValidateConfig, cross_validate
+from training.domain import check_domain
 from training.files import replaced, write_json
 from training.fit import FitConfig, settings_hash
 from training.model import load_trained
@@ -62,10 +63,14 @@ class Sources:
     Attributes:
         grouped: Folder that `training.crossvalidate` wrote.
         external: Folder `CLASS/*` of another source; scored as normal against all else.
+        foreign: Folder `KIND/*` of what is no axial chest-CT slice and should be rejected.
+        chest: Folders of axial chest-CT slices from elsewhere, which should not.
     """
 
     grouped: Path | None = None
     external: Path | None = None
+    foreign: Path | None = None
+    chest: tuple[Path, ...] = ()
 
 
 def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, Any]:
@@ -108,6 +113,9 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
         "groups",
         "protocols": {protocol.name: protocol.scores() for protocol in protocols},
     }
+    if sources.foreign is not None:
+        paths = [config.scans / path for path in test.paths]
+        metrics["domain"] = check_domain(model, facts, paths, sources.foreign, list(sources.chest))
     with replaced(config.output) as folder:
         folder.mkdir()
         write_json(folder / "metrics.json", _without_nan(metrics))
@@ -118,6 +126,11 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
     with tracked_run("evaluate", facts.run) as run:
         for protocol, numbers in headline(metrics["protocols"]).items():
             run.log_metrics({f"{protocol}.{key}": value for key, value in numbers.items()})
+        if domain := metrics.get("domain"):
+            run.log_metrics({"domain.auroc": domain["auroc"]} | {
+                f"domain.{name}.rejected": found["share"]["value"]
+                for name, found in (domain["accept"] | domain["reject"]).items()
+            })  # fmt: skip
         run.log_file(config.output, "evaluate")
     return metrics
 
@@ -200,12 +213,18 @@ def main(argv: list[str] | None = None) -> int:
         "trains what it lacks; external: also another source; all: whatever is given",
     )
     parser.add_argument("--external", type=Path, help="folder CLASS/* of another source")
+    parser.add_argument("--foreign", type=Path, help="folder KIND/* of what is no chest CT")
+    parser.add_argument(
+        "--chest", type=Path, nargs="+", default=[], help="more axial chest slices, with --foreign"
+    )
     parser.add_argument("--group-file", type=Path, help="instead of the split config's")
     parser.add_argument("--group-columns", nargs="+", help="instead of the split config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")
     arguments = parser.parse_args(argv)
     if arguments.protocol == "external" and arguments.external is None:
         parser.error("--protocol external needs --external FOLDER")
+    if arguments.chest and arguments.foreign is None:
+        parser.error("--chest needs --foreign FOLDER")
 
     def work() -> None:
         config = load_config(EvaluateConfig, arguments.config)
@@ -220,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         sources = Sources(
             grouped=crossvalidated(config, groups) if grouped else None,
             external=arguments.external,
+            foreign=arguments.foreign,
+            chest=tuple(arguments.chest),
         )
         sys.stdout.write(report(evaluate(config, sources)))
 

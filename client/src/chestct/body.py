@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-__all__ = ["THUMBNAIL_PX", "body_box", "body_mask"]
+__all__ = ["THUMBNAIL_PX", "body_box", "body_mask", "otsu_threshold"]
 
 THUMBNAIL_PX = 128  # finer than needed for a box, and a thousandth of a second's work
 DARKEST_BODY = 16  # of 255; below it lies air in any window that shows tissue
@@ -52,7 +52,7 @@ def body_mask(grey: npt.NDArray[np.uint8]) -> Mask:
     small = np.asarray(
         Image.fromarray(grey).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
     )
-    bright = small > max(DARKEST_BODY, BODY_FRACTION * _otsu_threshold(small))
+    bright = small > max(DARKEST_BODY, BODY_FRACTION * otsu_threshold(small))
     body = _largest_part(bright)
     rows, columns = np.flatnonzero(body.any(axis=1)), np.flatnonzero(body.any(axis=0))
     if not len(rows):
@@ -65,8 +65,12 @@ def body_mask(grey: npt.NDArray[np.uint8]) -> Mask:
     return joined
 
 
-def _otsu_threshold(grey: npt.NDArray[np.uint8]) -> int:
-    """The grey level that parts a picture into the two most compact halves (Otsu 1979, eq. 18)."""
+def otsu_threshold(grey: npt.NDArray[np.uint8]) -> int:
+    """The grey level that parts dark from bright best: Otsu 1979, doi 10.1109/TSMC.1979.4310076.
+
+    Args:
+        grey: uint8, any shape.
+    """
     share = np.bincount(grey.ravel(), minlength=256) / grey.size
     below = np.cumsum(share)
     moment = np.cumsum(share * np.arange(256))

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from chestct.body import otsu_threshold
 from chestct.contract import Window
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _grey_reasons(grey: Image.Image, cells: Cells) -> list[str]:
             f"lines of text: {len(heights)} rows of marks with empty rows between them, "
             f"expected at most {MAX_LINES}"
         )
-    return [*reasons, *_shape_reasons(cells > _otsu_threshold(cells), width / height)]
+    return [*reasons, *_shape_reasons(cells > otsu_threshold(cells), width / height)]
 
 
 def _shape_reasons(bright: Mask, aspect: float) -> list[str]:
@@ -307,16 +308,6 @@ def _line_heights(grey: Image.Image) -> npt.NDArray[np.float64]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], in_band, [False]])))
     heights: npt.NDArray[np.float64] = (edges[1::2] - edges[::2]) / len(change)
     return heights
-
-
-def _otsu_threshold(cells: Cells) -> int:
-    """The grey level that parts dark from bright best: Otsu 1979, doi 10.1109/TSMC.1979.4310076."""
-    levels = np.arange(256)
-    counts = np.bincount(cells.ravel(), minlength=256) / cells.size
-    dark, dark_sum = np.cumsum(counts), np.cumsum(counts * levels)
-    # Variance between the two classes; where one of them is empty there is none.
-    weight = np.maximum(dark * (1 - dark), 1e-12)
-    return int(np.argmax((dark_sum[-1] * dark - dark_sum) ** 2 / weight))
 
 
 def _enclosed(mask: Mask) -> Mask:
