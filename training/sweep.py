@@ -15,7 +15,9 @@ import itertools
 import json
 import logging
 import multiprocessing
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ from training.tracking import tagged_runs
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = "interrupted: run the same command again to go on from the last epoch"
+GRACE_S = 10
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,12 @@ def _trained_apart(point: Point, tags: Mapping[str, str]) -> str | None:
     try:
         process.join()
     except KeyboardInterrupt:
-        # The terminal interrupts the child as well: it stores where it stands.
-        process.join(timeout=30)
-        process.terminate()
-        process.join()
+        # A terminal interrupts the child as well, which then ends its run in MLflow.
+        process.join(GRACE_S)
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGINT)
+            process.join(3 * GRACE_S)
+            process.kill()
         raise
     code = process.exitcode or 0
     if code == 130:
@@ -203,7 +207,7 @@ def _train(config: FitConfig, tags: Mapping[str, str]) -> None:
         with tagged_runs(tags):
             fit(config)
 
-    sys.exit(run_command(work, interrupted=INTERRUPTED))
+    sys.exit(run_command(work, interrupted="the training of this point stops here"))
 
 
 def _minutes(seconds: float) -> str:
@@ -227,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         write_comparison(found, config.output)
         return 1 if failures else 0
 
-    return run_command(work, interrupted=INTERRUPTED)
+    again = "interrupted: run the same command again to go on from the last epoch"
+    return run_command(work, interrupted=again)
 
 
 if __name__ == "__main__":
