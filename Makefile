@@ -57,6 +57,11 @@ grouped: environments  ## Train and score again with near duplicates and series 
 	@python -m training.fit --split results/grouped/split/split.csv --output results/grouped/train
 	@python -m training.evaluate --config configs/evaluate-grouped.yaml
 
+.PHONY: compare
+compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say by what
+	@python -m training.compare --output results/compare \
+		$(if $(PROTOCOL),--protocol $(PROTOCOL)) $(if $(METRIC),--metric $(METRIC))
+
 .PHONY: test
 test: environments  ## The whole test suite
 	@python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import sys
@@ -25,6 +26,7 @@ from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.model import load_trained
+from training.registry import model_folder
 
 if TYPE_CHECKING:
     import keras
@@ -40,13 +42,14 @@ class OnnxConfig:
     """What `export.onnx` is told.
 
     Attributes:
-        model: Folder that `training.fit` wrote.
+        model: Folder that `training.fit` wrote, or `models:/chestct@champion` and the like
+            (`training.registry.model_folder`).
         output: The ONNX file.
         opset: ONNX operator set; 18 is the highest that tf2onnx writes, and TensorRT 10 and 11,
             ONNX Runtime and OpenVINO all read it.
     """
 
-    model: Path = Path("results/train")
+    model: str | Path = Path("results/train")
     output: Path = Path("results/export/model.onnx")
     opset: int = 18
 
@@ -132,7 +135,7 @@ def write_onnx(config: OnnxConfig) -> Path:
         OSError: The file cannot be written.
     """
     started = time.monotonic()
-    model, facts = load_trained(config.model)
+    model, facts = load_trained(model_folder(config.model))
     converted = onnx_from_keras(model, facts, config.opset)
     with replaced(config.output) as temporary:
         temporary.write_bytes(converted.SerializeToString())
@@ -146,10 +149,16 @@ def write_onnx(config: OnnxConfig) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Write the trained model as ONNX."""
     parser = command_parser("export.onnx", main.__doc__, "configs/export.yaml")
+    parser.add_argument(
+        "--model", help="folder, models:/NAME@ALIAS or runs:/ID, instead of the config's"
+    )
     arguments = parser.parse_args(argv)
 
     def work() -> None:
-        write_onnx(load_config(OnnxConfig, arguments.config))
+        config = load_config(OnnxConfig, arguments.config)
+        if arguments.model:
+            config = dataclasses.replace(config, model=arguments.model)
+        write_onnx(config)
 
     return run_command(work)
 

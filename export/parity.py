@@ -28,6 +28,7 @@ from training.config import load_config
 from training.files import write_json
 from training.metrics import bootstrap_interval, macro_auroc
 from training.model import load_trained
+from training.registry import model_folder
 from training.scans import ScanSet, read_split
 
 logger = logging.getLogger(__name__)
@@ -550,7 +551,8 @@ class ParityConfig:
         variant: Folder with `model.onnx` and `facts.json`, whose precision says how it is judged;
             the report becomes its `parity.json`.
         engines: All that will serve the file.
-        model: Folder that `training.fit` wrote, the reference of an FP32 variant.
+        model: Folder that `training.fit` wrote, or an address of MLflow; the reference of an FP32
+            variant. Where the variant was exported from another run, that run's model is fetched.
         scans: Folder of scans; an FP32 variant is compared on any of them.
         num_scans: At most so many of them, evenly spread.
         reference: FP32 variant, the reference of the others.
@@ -560,7 +562,7 @@ class ParityConfig:
 
     variant: Path = Path("results/export")
     engines: tuple[str, ...] = ("onnxruntime", "openvino")
-    model: Path = Path("results/train")
+    model: str | Path = Path("results/train")
     scans: Path = Path("data/scans")
     num_scans: int = 64
     reference: Path = Path("results/export")
@@ -622,7 +624,7 @@ def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runn
     """
     if facts.precision == "fp32":
         scans = spread_scans(config.scans, config.num_scans)
-        reference = ("keras", keras_runner(load_trained(config.model)[0]))
+        reference = ("keras", keras_runner(load_trained(_exported_model(config, facts))[0]))
         return Verdict(
             tuple(
                 compare(scans, reference, candidate, Tolerance())
@@ -640,6 +642,21 @@ def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runn
             Gate(**config.gate),
         )
     )
+
+
+def _exported_model(config: ParityConfig, facts: ModelFacts) -> Path:
+    """The folder of the trained model that the variant came from, which may be an older one."""
+    folder = model_folder(config.model)
+    if (folder / "facts.json").is_file() and facts_of(folder).run == facts.run:
+        return folder
+    logger.info("%s is not of run %s, from which the variant came", config.model, facts.run)
+    try:
+        return model_folder(f"runs:/{facts.run}")
+    except ValueError as error:
+        raise ValueError(
+            f"{config.model} is not the model of run {facts.run}, from which the variant was "
+            f"exported, and that one cannot be fetched ({error}); export again"
+        ) from error
 
 
 def check_parity(config: ParityConfig) -> Verdict:

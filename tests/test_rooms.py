@@ -24,7 +24,8 @@ FORBIDDEN = {
 }
 # The modules of training/ that carry no training.
 SHARED_BY_EXPORT = {
-    f"training.{name}" for name in ("command", "config", "files", "metrics", "model", "scans")
+    f"training.{name}"
+    for name in ("command", "config", "files", "metrics", "model", "registry", "scans")
 }
 
 
@@ -62,7 +63,8 @@ def test_imports_stay_within_the_rooms(room, file):
 def test_importing_a_module_does_not_load_the_heavy_packages():
     """--help answers at once, and a missing GPU library breaks only what needs it."""
     code = (
-        "import sys, training.fit, training.evaluate, training.distill, export.onnx, "
+        "import sys, training.compare_plots, training.distill, training.evaluate, "
+        "training.sweep, export.onnx, "
         "export.engine, export.compress, export.repository, serving.local, benchmarks.latency, "
         "benchmarks.throughput; "
         "heavy = {'tensorflow', 'keras', 'mlflow', 'onnx', 'openvino', 'tensorrt'}; "
@@ -92,6 +94,7 @@ def test_every_config_fits_its_dataclass():
     from training.ingest import IngestConfig
     from training.phantom import PhantomConfig
     from training.split import SplitConfig
+    from training.sweep import SweepConfig
 
     of_file = {
         "audit": AuditConfig,
@@ -108,6 +111,7 @@ def test_every_config_fits_its_dataclass():
         "quantize": QuantizeConfig,
         "serve": ServeConfig,
         "split": SplitConfig,
+        "sweep": SweepConfig,
         "throughput": ThroughputConfig,
         "train": FitConfig,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,18 @@ Config = TypeVar("Config")
 def load_config(cls: type[Config], path: Path) -> Config:
     """An instance of the dataclass `cls` from the YAML file at `path`.
 
-    Keys that the file leaves out keep the dataclass's defaults. YAML lists become tuples, whole
-    numbers are taken where a float is expected, and nothing else is converted.
-
     Raises:
         ValueError: The file is missing, is no mapping, holds an unknown key or a wrong type; the
             message lists the allowed keys.
+    """
+    return config_from_mapping(cls, read_mapping(path), path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at `path`; empty for an empty file.
+
+    Raises:
+        ValueError: The file is missing or is no mapping.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -33,6 +40,18 @@ def load_config(cls: type[Config], path: Path) -> Config:
         raw = {}
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, got {type(raw).__name__}")
+    return raw
+
+
+def config_from_mapping(cls: type[Config], raw: Mapping[str, Any], path: Path) -> Config:
+    """An instance of the dataclass `cls` from keys and values that were read from `path`.
+
+    Keys that are left out keep the dataclass's defaults. YAML lists become tuples, whole numbers
+    are taken where a float is expected, and nothing else is converted.
+
+    Raises:
+        ValueError: An unknown key or a wrong type; the message lists the allowed keys.
+    """
     hints = typing.get_type_hints(cls)
     allowed = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in raw if key not in allowed]

@@ -34,6 +34,7 @@ from training.command import command_parser, run_command
 from training.config import load_config, plain_settings
 from training.features import Activations, augmented_copy, cached_activations
 from training.files import replaced, write_json
+from training.metrics import score
 from training.model import (
     build_classifier,
     frozen_prefix,
@@ -204,7 +205,10 @@ def fit(config: FitConfig) -> Path:
         _train(config, model, train, valid, state, run, bool(gpus))
         features = predict(pooled_features(model), train.pixels, "features of train")
         valid_features = predict(pooled_features(model), valid.pixels, "features of valid")
-        temperature = fit_temperature(head_logits(model, valid_features), valid.labels)
+        logits = head_logits(model, valid_features)
+        temperature = fit_temperature(logits, valid.labels)
+        answers = softmax(logits, temperature)
+        run.log_scores("valid", score(answers, valid.labels, valid.groups, valid.names))
         domain = fit_domain(features)
         threshold = domain_threshold(domain_distances(valid_features, domain), config.accepted)
         set_domain(model, domain)

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "chestct"
 LOCAL_STORE = "sqlite:///mlflow.db"
+
+_tags_of_new_runs: ContextVar[Mapping[str, str] | None] = ContextVar("tags", default=None)
 
 
 class Run:
@@ -47,6 +52,21 @@ class Run:
         """Record numbers, by epoch where `step` is given."""
         self._mlflow.log_metrics({key: float(value) for key, value in metrics.items()}, step=step)
 
+    def log_scores(self, protocol: str, scores: Mapping[str, Any]) -> None:
+        """Record what `training.metrics.score` found, in the form that `training.compare` reads.
+
+        `{protocol}.{key}` is the value of a score, `{protocol}.{key}.low` and `.high` its
+        interval, and `{protocol}.n` the number of scans. An undefined number is left out.
+        """
+        numbers = {"n": float(scores["n"])}
+        for key, score in scores.items():
+            if isinstance(score, Mapping) and "value" in score:
+                numbers[key] = score["value"]
+                numbers |= {f"{key}.{end}": score[end] for end in ("low", "high")}
+        self.log_metrics(
+            {f"{protocol}.{key}": value for key, value in numbers.items() if math.isfinite(value)}
+        )
+
     def log_file(self, path: Path, folder: str = "") -> None:
         """Store a file, or a folder with all in it, as an artifact."""
         store = self._mlflow.log_artifacts if path.is_dir() else self._mlflow.log_artifact
@@ -57,9 +77,76 @@ class Run:
         self._mlflow.set_tags(dict(tags))
 
 
+def store_address() -> str:
+    """The address of the store: that of the environment, or the local file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
+
+
+def shown_address() -> str:
+    """The same without a password that somebody wrote into it."""
+    return re.sub(r"//[^/@]*@", "//", store_address())
+
+
+@contextmanager
+def connected() -> Iterator[Any]:
+    """The module `mlflow`, set to the store of the environment, for the time of the block.
+
+    Raises:
+        ValueError: MLflow raised an error within the block; its message is one line and says
+            what to do.
+    """
+    # Nothing is sent to MLflow's makers, an unreachable server is said within seconds, and
+    # stdout belongs to the results of the command.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()).lower())
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.set_tracking_uri(store_address())
+        yield mlflow
+    except MlflowException as error:
+        raise ValueError(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Any) -> str:
+    said = " ".join(str(error).split())
+    status = error.get_http_status_code()
+    if status in (401, 403):
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+        who = f"the user {user!r}" if user else "a request without a user"
+        return (
+            f"MLflow at {shown_address()} refuses {who}: {said}; check MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD"
+        )
+    if 400 <= status < 500:
+        return f"MLflow at {shown_address()}: {said}"
+    return (
+        f"MLflow at {shown_address()} does not answer as expected: {said}; check "
+        "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or unset "
+        "them to use the local store"
+    )
+
+
+@contextmanager
+def tagged_runs(tags: Mapping[str, str]) -> Iterator[None]:
+    """Every run that begins within the block carries `tags`."""
+    token = _tags_of_new_runs.set(tags)
+    try:
+        yield
+    finally:
+        _tags_of_new_runs.reset(token)
+
+
 @contextmanager
 def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
     """An MLflow run that ends FINISHED, FAILED after an error, or KILLED after Ctrl-C.
+
+    Its tag `git_commit` is that of the checkout when the run began.
 
     Args:
         name: Name of a new run.
@@ -68,42 +155,29 @@ def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
     Raises:
         ValueError: The tracking server cannot be reached or refuses.
     """
-    # Nothing is sent to MLflow's makers, and an unreachable server is said within seconds.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow
-    from mlflow.exceptions import MlflowException
+    with connected() as mlflow:
+        from mlflow.exceptions import MlflowException
 
-    address = os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
-    try:
-        mlflow.set_tracking_uri(address)
         mlflow.set_experiment(EXPERIMENT)
         if run_id is not None:
             try:
                 mlflow.get_run(run_id)
-            except MlflowException:
-                logger.warning("run %s is not in %s: a new one begins", run_id, address)
+            except MlflowException as error:
+                if error.get_http_status_code() >= 500:
+                    raise
+                logger.warning("run %s is not in %s: a new one begins", run_id, shown_address())
                 run_id = None
-        active = mlflow.start_run(run_id=run_id, run_name=name)
-    except MlflowException as error:
-        raise ValueError(
-            f"MLflow at {address} does not answer as expected: {error}; check "
-            "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or unset "
-            "them to use the local store"
-        ) from error
-    status = "FAILED"
-    try:
-        run = Run(mlflow, active.info.run_id)
-        run.set_tags({"git_commit": git_commit()})
-        yield run
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        mlflow.end_run(status)
+        begun = {} if run_id else {"git_commit": git_commit(), **(_tags_of_new_runs.get() or {})}
+        active = mlflow.start_run(run_id=run_id, run_name=name, tags=begun)
+        status = "FAILED"
+        try:
+            yield Run(mlflow, active.info.run_id)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            mlflow.end_run(status)
 
 
 def git_commit() -> str:
@@ -121,7 +195,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.tracking", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="files or folders to store")
     parser.add_argument(
-        "--run", type=Path, default=Path("results/train/run.json"), help="default: %(default)s"
+        "--run",
+        type=Path,
+        default=Path("results/train/run.json"),
+        help="run.json of a training or facts.json of a variant; default: %(default)s",
     )
     parser.add_argument("--folder", default="", help="folder among the artifacts")
     arguments = parser.parse_args(argv)
@@ -130,7 +207,11 @@ def main(argv: list[str] | None = None) -> int:
         missing = [str(path) for path in (arguments.run, *arguments.files) if not path.exists()]
         if missing:
             raise ValueError(f"no such file: {', '.join(missing)}")
-        with tracked_run("artifacts", json.loads(arguments.run.read_text())["run"]) as run:
+        record = json.loads(arguments.run.read_text())
+        run_id = record.get("run") or record.get("training_run")
+        if not run_id:
+            raise ValueError(f"{arguments.run}: names no run; expected the key run or training_run")
+        with tracked_run("artifacts", run_id) as run:
             for file in arguments.files:
                 run.log_file(file, arguments.folder)
 
