@@ -23,7 +23,14 @@ from typing import Any
 from training.command import run_command
 from training.files import replaced
 from training.registry import CHAMPION, Promotion, aliases_of_runs, promote, roll_back
-from training.tracking import EXPERIMENT, LOCAL_STORE, connected, shown_address, store_address
+from training.tracking import (
+    EXPERIMENT,
+    FOLD_TAG,
+    LOCAL_STORE,
+    connected,
+    shown_address,
+    store_address,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +189,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _runs(sweep: str | None) -> Iterator[Any]:
-    """All runs of the experiment, or of one sweep."""
+    """All runs of the experiment but the folds of cross-validations, or those of one sweep."""
     if store_address() == LOCAL_STORE and not Path("mlflow.db").is_file():
         raise ValueError(
             "no mlflow.db in this folder: train first (python -m training.fit), or name a server "
@@ -196,7 +203,7 @@ def _runs(sweep: str | None) -> Iterator[Any]:
             asked = f"tags.sweep = '{sweep}'" if sweep else ""
             while True:
                 found = client.search_runs([experiment.experiment_id], asked, page_token=token)
-                page += found
+                page += [run for run in found if FOLD_TAG not in run.data.tags]
                 token = found.token
                 if not token:
                     break

@@ -24,6 +24,7 @@ from training.fit import FitConfig, fit, settings_hash
 from training.model import load_trained
 from training.scans import predict_outputs, read_split
 from training.split import SplitConfig, write_split
+from training.tracking import FOLD_TAG, tagged_runs
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,12 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
         if not done.is_file() or json.loads(done.read_text())["key"] != key:
             logger.info("fold %d of %d", fold + 1, split.folds)
             started = time.monotonic()
-            _answer_fold(dataclasses.replace(
+            of_fold = dataclasses.replace(
                 fit_config, split=folder / "split/split.csv", output=folder / "train"
-            ), folder, fold)  # fmt: skip
+            )
+            # By this tag `training.compare` leaves the folds out: no one of them is a candidate.
+            with tagged_runs({FOLD_TAG: f"{fold + 1} of {split.folds}"}):
+                _answer_fold(of_fold, folder, fold)
             write_json(done, {"key": key, "seconds": time.monotonic() - started})
         record = json.loads(done.read_text())
         records.append(record | {"run": json.loads((folder / "train/run.json").read_text())["run"]})

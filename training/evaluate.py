@@ -124,8 +124,8 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
         write_predictions(folder / "predictions.csv", protocols)
         draw_plots(folder, protocols, metrics)
     with tracked_run("evaluate", facts.run) as run:
-        for protocol, numbers in headline(metrics["protocols"]).items():
-            run.log_metrics({f"{protocol}.{key}": value for key, value in numbers.items()})
+        for protocol, answers in metrics["protocols"].items():
+            run.log_scores(protocol, answers["model"])
         if domain := metrics.get("domain"):
             run.log_metrics({"domain.auroc": domain["auroc"]} | {
                 f"domain.{name}.rejected": found["share"]["value"]
@@ -136,7 +136,7 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
 
 
 def headline(protocols: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The few numbers of each protocol that are compared between runs, with their intervals."""
+    """The few numbers of each protocol that DVC compares between commits."""
     found: dict[str, dict[str, float]] = {}
     for protocol, answers in protocols.items():
         numbers = {"n": answers["model"]["n"], "groups": answers["model"]["groups"]}
@@ -145,9 +145,6 @@ def headline(protocols: dict[str, Any]) -> dict[str, dict[str, float]]:
             if interval is None or math.isnan(interval["value"]):
                 continue
             numbers[key] = round(interval["value"], 4)
-            for end in ("low", "high"):
-                if not math.isnan(interval[end]):
-                    numbers[f"{key}.{end}"] = round(interval[end], 4)
         numbers["majority_accuracy"] = round(answers["majority"]["accuracy"]["value"], 4)
         found[protocol] = numbers
     return found

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "chestct"
 LOCAL_STORE = "sqlite:///mlflow.db"
+FOLD_TAG = "fold"  # of the runs that a cross-validation is made of
 
 _tags_of_new_runs: ContextVar[Mapping[str, str] | None] = ContextVar("tags", default=None)
 
