@@ -50,12 +50,11 @@ pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
 	if [ "$$change" = changed ]; then dvc repro --force --single-item ingest; fi
 	@dvc repro
 
-.PHONY: grouped
-grouped: environments  ## Train and score again with near duplicates and series kept on one side
-	@python -m training.split --config configs/split-grouped.yaml \
-		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS))
-	@python -m training.fit --split results/grouped/split/split.csv --output results/grouped/train
-	@python -m training.evaluate --config configs/evaluate-grouped.yaml
+.PHONY: protocols
+protocols: environments  ## Score the trained model under every protocol; trains five folds
+	@python -m training.evaluate --protocol all --output results/protocols \
+		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS)) \
+		$(if $(EXTERNAL),--external $(EXTERNAL)) $(if $(FOREIGN),--foreign $(FOREIGN)) $(if $(CHEST),--chest $(CHEST))
 
 .PHONY: compare
 compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say by what
