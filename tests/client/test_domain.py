@@ -189,6 +189,15 @@ def test_damaged_tags_tell_nothing_against_a_slice(
         assert decode_scan(head + rest.replace(whole, damaged), "scan").shape == (224, 224, 1)
 
 
+def test_a_message_is_one_line_of_bounded_length(tags: Dataset) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tags.Modality = "M\n" + "R " * 5000
+    (reason,) = dicom_reasons(tags)
+    assert "\n" not in reason
+    assert len(reason) < 200
+
+
 def test_file_is_refused_with_all_its_reasons_before_its_pixels_are_decoded(
     tags: Dataset, tmp_path: Path
 ) -> None:
@@ -462,6 +471,17 @@ def test_a_small_tip_of_lung_is_enough(tags: Dataset, phantom: Phantom) -> None:
     rows, columns = np.mgrid[-1:1:256j, -1:1:256j]
     hu[(rows / 0.09) ** 2 + ((columns - 0.3) / 0.09) ** 2 < 1] = -850
     assert lung_reasons(tags, hu) == []
+
+
+def test_a_blanket_around_the_body_holds_no_lung(tags: Dataset, phantom: Phantom) -> None:
+    """Cloth and foam are as light as lung, and a thin hem is around them."""
+    hu = without_lungs(phantom, 40.0)
+    rows, columns = np.mgrid[-1:1:256j, -1:1:256j]
+    radius = np.hypot(rows / 0.85, columns)
+    air = hu < -600
+    hu[air & (radius < 0.97)] = -700
+    hu[air & (radius >= 0.97) & (radius < 0.985)] = 0
+    assert [reason.partition(":")[0] for reason in lung_reasons(tags, hu)] == ["no lung in view"]
 
 
 def test_lungs_are_not_looked_for_where_the_window_hides_them(

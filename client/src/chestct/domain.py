@@ -194,10 +194,11 @@ def _value(dataset: Dataset, keyword: str) -> Any:
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
-    """The values of a tag in one line; empty if it is missing or holds no text."""
+    """The values of a tag in one short line; empty if it is missing or holds no text."""
     value = _value(dataset, keyword)
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return " ".join(part.strip() for part in values if isinstance(part, str))
+    words = (word for part in values if isinstance(part, str) for word in part.split())
+    return " ".join(words)[:100]  # three values of 16 characters decide
 
 
 def _words(text: str) -> list[str]:
