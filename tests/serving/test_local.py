@@ -179,7 +179,7 @@ def test_openvino_runs_without_onnxruntime_in_its_memory(server: LocalTriton) ->
 def test_peak_memory_is_that_of_the_server_and_its_backend_processes(server: LocalTriton) -> None:
     def peak_mb(pid: int) -> float:
         (line,) = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-        return int(line) / 1024
+        return int(line) * 1024 / 1e6
 
     pids = [server.pid, *children(server.pid)]
     assert len(pids) == 8  # six models, one of them with two instances
