@@ -20,12 +20,9 @@ from tqdm import tqdm
 from benchmarks.engines import BASELINES, ENGINES, Infer, Scans, first_answer, open_engine
 from benchmarks.environment import CPU_FLAGS, environment
 from benchmarks.pareto import write_plot
-from benchmarks.server import (
-    first_served_answer,
-    statistics_after,
-    statistics_of,
-)
+from benchmarks.server import first_served_answer, statistics_after, statistics_of
 from benchmarks.variants import (
+    MeasuredConfig,
     Variant,
     find_variants,
     median_interval,
@@ -57,41 +54,24 @@ METHOD = (
 
 
 @dataclass(frozen=True)
-class LatencyConfig:
+class LatencyConfig(MeasuredConfig):
     """What `benchmarks.latency` is told.
 
     Attributes:
-        model: Folder that `training.fit` wrote.
-        variants: Folder of each variant, as {name: folder}; those that are not there are named in
-            the result.
-        repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
-        scans: Folder of scans to send.
         split: Labelled scans, CSV of `training.split`; its test rows give each row its accuracy.
         most_scored: At most so many of them, evenly spread.
         curve: What `export.compress` tried, drawn into the plot where it is there.
         rounds: Most rounds for a batch size, as {batch size: number}.
         limit_s: No further round of a batch size begins after so many seconds.
         cold_starts: Starts of each engine and server; 0 leaves cold start and memory out.
-        seed: Of the order of engines within a round.
     """
 
-    model: Path = Path("results/train")
-    variants: dict[str, Any] = field(
-        default_factory=lambda: {
-            "fp32": "results/export",
-            "int8": "results/int8",
-            "compressed": "results/compressed",
-        }
-    )
-    repository: Path = Path("model_repository")
-    scans: Path = Path("data/scans")
     split: Path = Path("results/split/split.csv")
     most_scored: int = 400
     curve: Path = Path("results/compressed/curve.json")
     rounds: dict[int, int] = field(default_factory=lambda: {1: 60, 8: 6})
     limit_s: float = 120.0
     cold_starts: int = 2
-    seed: int = 7
 
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing.

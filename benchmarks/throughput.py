@@ -23,7 +23,7 @@ from benchmarks.environment import cores, environment
 from benchmarks.latency import place_in_words
 from benchmarks.perf_analyzer import find_perf_analyzer, perf_analyzer_rows
 from benchmarks.server import statistics_of
-from benchmarks.variants import THREADS, Variant, find_variants
+from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants
 from chestct.batch import classify_paths
 from chestct.client import ScanClient
 from chestct.contract import ModelFacts
@@ -59,14 +59,10 @@ Way = Callable[[list[Path], Path], None]  # classifies files and writes a line f
 
 
 @dataclass(frozen=True)
-class ThroughputConfig:
+class ThroughputConfig(MeasuredConfig):
     """What `benchmarks.throughput` is told.
 
     Attributes:
-        model: Folder that `training.fit` wrote.
-        variants: Folder of each variant, as {name: folder}.
-        repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
-        scans: Folder of scans.
         concurrency: Requests in flight.
         instances: Layouts of the server: so many instances, which share the cores between them.
         seconds: Of a cell in each pass, after `warm_up_s`; up to ten for slow models.
@@ -75,19 +71,8 @@ class ThroughputConfig:
         num_files: At most so many files, evenly spread, on the way from files to JSON lines.
         file_passes: How often each way from files to JSON lines is measured.
         batch_size: Scans in a request on that way; 8 is what `chestct classify` takes.
-        seed: Of the order of cells and ways within a pass.
     """
 
-    model: Path = Path("results/train")
-    variants: dict[str, Any] = field(
-        default_factory=lambda: {
-            "fp32": "results/export",
-            "int8": "results/int8",
-            "compressed": "results/compressed",
-        }
-    )
-    repository: Path = Path("model_repository")
-    scans: Path = Path("data/scans")
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
     instances: tuple[int, ...] = (1, 2)
     seconds: float = 1.5
@@ -96,7 +81,6 @@ class ThroughputConfig:
     num_files: int = 64
     file_passes: int = 3
     batch_size: int = 8
-    seed: int = 7
 
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing.
