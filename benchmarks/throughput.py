@@ -21,7 +21,11 @@ from tqdm import tqdm
 from benchmarks.engines import BASELINES, Infer, Scans, open_engine
 from benchmarks.environment import cores, environment
 from benchmarks.latency import place_in_words
-from benchmarks.perf_analyzer import find_perf_analyzer, perf_analyzer_rows
+from benchmarks.perf_analyzer import (
+    STABLE_WITHIN_PERCENT,
+    find_perf_analyzer,
+    perf_analyzer_rows,
+)
 from benchmarks.server import statistics_of
 from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants
 from chestct.batch import classify_paths
@@ -297,7 +301,7 @@ def load(
 
 
 def from_files(
-    config: ThroughputConfig, variants: list[Variant], facts: ModelFacts
+    config: ThroughputConfig, variants: list[Variant], facts: ModelFacts, grpc_url: str
 ) -> dict[str, Any]:
     """Scans a second from files to JSON lines, for each baseline and each served variant.
 
@@ -306,21 +310,19 @@ def from_files(
     same fast `load_scan`, ask the model, write a line.
 
     Raises:
+        ValueError: A way left out a file.
         chestct.errors.ChestCTError: The server fails.
-        serving.local.LocalTritonError: Triton does not start.
     """
     every = list(list_scans(config.scans))
     step = max(1, len(every) // config.num_files)
     paths = every[::step][: config.num_files]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        names = tuple(variant.served_as for variant in variants)
-        server = stack.enter_context(LocalTriton(config.repository, models=names))
         ways: dict[str, Way] = {
             name: _loop(open_engine(name, config.model), facts) for name in BASELINES
         }
         for variant in variants:
-            client = stack.enter_context(ScanClient(server.grpc_url, variant.served_as))
+            client = stack.enter_context(ScanClient(grpc_url, variant.served_as))
             ways[variant.name] = _classify(client, config.batch_size)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():
@@ -334,8 +336,7 @@ def from_files(
                 lines = (folder / "lines.jsonl").read_text().splitlines()
                 if len(lines) != len(paths):
                     raise ValueError(f"{name} wrote {len(lines)} lines for {len(paths)} files")
-        rows = file_rows(seconds, len(paths))
-        return {"num_files": len(paths), "rows": rows} | _by_perf_analyzer(config, names, server)
+    return {"num_files": len(paths), "rows": file_rows(seconds, len(paths))}
 
 
 def _loop(infer: Infer, facts: ModelFacts) -> Way:
@@ -376,22 +377,21 @@ def file_rows(seconds: Mapping[str, list[float]], num_files: int) -> list[dict[s
     return rows
 
 
-def _by_perf_analyzer(
-    config: ThroughputConfig, names: tuple[str, ...], server: LocalTriton
-) -> dict[str, Any]:
+def by_perf_analyzer(
+    variants: list[Variant], concurrency: tuple[int, ...], grpc_url: str
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of NVIDIA's perf_analyzer, and what it could not measure, as {what: why}."""
     command = find_perf_analyzer()
     if command is None:
-        return {"perf_analyzer": "not installed"}
-    rows = []
-    for name in names:
-        logger.info("perf_analyzer on %s", name)
+        return [], {"perf_analyzer": "not installed; name it with PERF_ANALYZER"}
+    rows, failures = [], {}
+    for variant in variants:
+        logger.info("perf_analyzer on %s", variant.served_as)
         try:
-            rows += perf_analyzer_rows(
-                command, server.grpc_url, name, config.concurrency[::2], config.seconds
-            )
+            rows += perf_analyzer_rows(command, grpc_url, variant.served_as, concurrency)
         except ValueError as error:  # all else is measured by now, and is not to be lost
-            return {"perf_analyzer": f"failed on {name}: {error}"}
-    return {"perf_analyzer": rows}
+            failures[f"perf_analyzer on {variant.served_as}"] = str(error)
+    return rows, failures
 
 
 def measure(config: ThroughputConfig) -> dict[str, Any]:
@@ -412,14 +412,16 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
             "export.repository"
         )
     rows = under_load(config, served)
-    files = from_files(config, served, facts)
-    analyzed = files.pop("perf_analyzer")
+    names = tuple(variant.served_as for variant in served)
+    with LocalTriton(config.repository, models=names) as server:
+        files = from_files(config, served, facts, server.grpc_url)
+        analyzed, failures = by_perf_analyzer(served, config.concurrency, server.grpc_url)
     return {
         "environment": environment(),
         "run": facts.run,
         "method": METHOD,
         "served": {variant.name: variant.settings() for variant in served},
-        "not_measured": not_measured,
+        "not_measured": not_measured | failures,
         "rows": rows,
         "files_method": FILES_METHOD,
         "files": files,
@@ -448,23 +450,17 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", f"Under load: {result['method']}."]
     for variant, settings in result["served"].items():
         lines += _load_tables(variant, settings, result["rows"])
-    analyzed = result["perf_analyzer"]
-    if isinstance(analyzed, str):
-        lines += ["", f"perf_analyzer: {analyzed}."]
-    else:
+    if result["perf_analyzer"]:
         lines += [
             "",
             "NVIDIA's perf_analyzer, whose load comes from C++, on the models as they are "
-            "published (stable: three windows within 50 %):",
+            f"published; latency and throughput of three windows lie within {STABLE_WITHIN_PERCENT}"
+            " %:",
             "",
-            "| model | concurrency | scans/s | p50 ms | p99 ms | stable |",
-            "|" + " --- |" * 6,
+            "| model | concurrency | scans/s | p50 ms | p99 ms |",
+            "|" + " --- |" * 5,
         ]
-        lines += [
-            f"| {row['model']} | {row['concurrency']} | {row['scans_per_s']:.1f} "
-            f"| {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | {'yes' if row['stable'] else 'no'} |"
-            for row in analyzed
-        ]
+        lines += [_analyzed_in_words(row) for row in result["perf_analyzer"]]
     lines += ["", f"The run took {result['minutes']} minutes."]
     lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
     return "\n".join(lines) + "\n"
@@ -501,6 +497,13 @@ def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, An
         f"{_layout_in_words(most)} at concurrency {most['concurrency']}, "
         f"{most['scans_per_s']:.1f} a second.",
     ]
+
+
+def _analyzed_in_words(row: dict[str, Any]) -> str:
+    start = f"| {row['model']} | {row['concurrency']} |"
+    if not row["stable"]:
+        return f"{start} not stable | | |"
+    return f"{start} {row['scans_per_s']:.1f} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} |"
 
 
 def _speed_in_words(row: dict[str, Any]) -> str:

@@ -110,9 +110,14 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
         "keras_predict", "keras_compiled", "int8",
     ]  # fmt: skip
     assert result["files"]["num_files"] == 6
-    assert result["perf_analyzer"] == "not installed"
-    assert "compressed" in result["not_measured"]
+    assert result["perf_analyzer"] == []
+    assert result["not_measured"].keys() == {"compressed", "perf_analyzer"}
     assert output.with_suffix(".md").read_text() == markdown(result) == capsys.readouterr().out
+    about = {"model": "chestct_int8", "concurrency": 4}
+    figures = {"stable": True, "scans_per_s": 9.06, "p50_ms": 110.04, "p99_ms": 250.0}
+    result["perf_analyzer"] = [about | figures, about | {"concurrency": 16, "stable": False}]
+    assert "| chestct_int8 | 4 | 9.1 | 110.0 | 250.0 |" in markdown(result)
+    assert "| chestct_int8 | 16 | not stable | | |" in markdown(result)
 
 
 def test_nothing_served_is_one_line(published, monkeypatch, tmp_path, capsys):
