@@ -10,11 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.engines import Infer
 from chestct.client import ScanClient
 from chestct.contract import SCAN_SHAPE
 from serving.local import LocalTriton
 
 COUNTED_WITHIN_S = 5.0
+
+
+def answers_of(client: ScanClient) -> Infer:
+    """A function from scans, uint8 (N, 224, 224, 1), to what a served model answers, by name."""
+    return lambda scans: vars(client.classify(scans))
 
 
 def statistics_of(http_url: str, model: str) -> dict[str, int]:

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from benchmarks.engines import BASELINES, Infer, Scans, open_engine
 from benchmarks.environment import cores, environment
-from benchmarks.latency import place_in_words
+from benchmarks.latency import interval_in_words, place_in_words
 from benchmarks.perf_analyzer import (
     STABLE_WITHIN_PERCENT,
     find_perf_analyzer,
     perf_analyzer_rows,
 )
-from benchmarks.server import statistics_of
-from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants
+from benchmarks.server import answers_of, statistics_of
+from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants, scores_of
 from chestct.batch import classify_paths
 from chestct.client import ScanClient
 from chestct.contract import ModelFacts
@@ -59,6 +59,7 @@ LOOPS = {
     "keras_predict": "loop of load_scan and model.predict",
     "keras_compiled": "loop of load_scan and compiled tf.function",
 }
+SCORES = ("accuracy", "macro_auroc")
 Way = Callable[[list[Path], Path], None]  # classifies files and writes a line for each
 
 
@@ -92,6 +93,7 @@ class ThroughputConfig(MeasuredConfig):
         Raises:
             ValueError: A number below 1, no concurrency or layout, or a time that is none.
         """
+        super().__post_init__()
         counts = (*self.concurrency, *self.instances, self.passes, self.num_files, self.batch_size)
         if min(counts) < 1 or self.file_passes < 1 or not (self.concurrency and self.instances):
             raise ValueError("expected at least 1 for each number and in each list")
@@ -303,7 +305,7 @@ def load(
 def from_files(
     config: ThroughputConfig, variants: list[Variant], facts: ModelFacts, grpc_url: str
 ) -> dict[str, Any]:
-    """Scans a second from files to JSON lines, for each baseline and each served variant.
+    """Scans a second from files to JSON lines, for each baseline and each served variant, scored.
 
     The variants go the way of `chestct classify`: `classify_paths` decodes ahead in threads and
     sends batches, `json_text` writes a line. The baselines are plain loops: load a file by the
@@ -318,12 +320,19 @@ def from_files(
     paths = every[::step][: config.num_files]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ways: dict[str, Way] = {
-            name: _loop(open_engine(name, config.model), facts) for name in BASELINES
-        }
+        answers = {name: open_engine(name, config.model) for name in BASELINES}
+        ways = {name: _loop(infer, facts) for name, infer in answers.items()}
         for variant in variants:
             client = stack.enter_context(ScanClient(grpc_url, variant.served_as))
+            answers[variant.name] = answers_of(client)
             ways[variant.name] = _classify(client, config.batch_size)
+        # The same network in the same library, which takes long by `predict`.
+        del answers["keras_predict"]
+        labelled = config.labelled(facts.window)
+        worth = {
+            name: scores_of(infer, labelled, f"score {name}") for name, infer in answers.items()
+        }
+        worth["keras_predict"] = worth["keras_compiled"]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():
             way(paths[: 2 * config.batch_size], folder / "lines.jsonl")
@@ -336,7 +345,8 @@ def from_files(
                 lines = (folder / "lines.jsonl").read_text().splitlines()
                 if len(lines) != len(paths):
                     raise ValueError(f"{name} wrote {len(lines)} lines for {len(paths)} files")
-    return {"num_files": len(paths), "rows": file_rows(seconds, len(paths))}
+    rows = [row | worth[row["way"]] for row in file_rows(seconds, len(paths))]
+    return {"num_files": len(paths), "num_scored": len(labelled), "rows": rows}
 
 
 def _loop(infer: Infer, facts: ModelFacts) -> Way:
@@ -416,10 +426,13 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
     with LocalTriton(config.repository, models=names) as server:
         files = from_files(config, served, facts, server.grpc_url)
         analyzed, failures = by_perf_analyzer(served, config.concurrency, server.grpc_url)
+    worth = {row["way"]: {key: row[key] for key in SCORES} for row in files["rows"]}
+    rows = [row | worth[row["variant"]] for row in rows]
     return {
         "environment": environment(),
         "run": facts.run,
         "method": METHOD,
+        "scored_on": f"{files['num_scored']} test scans of {config.split}",
         "served": {variant.name: variant.settings() for variant in served},
         "not_measured": not_measured | failures,
         "rows": rows,
@@ -436,16 +449,19 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         place_in_words(result["environment"]),
         "",
-        f"{files['num_files']} scans {result['files_method']}:",
+        f"{files['num_files']} scans {result['files_method']}; accuracy on {result['scored_on']}, "
+        "95 % intervals:",
         "",
-        "| way | scans/s | against load + predict | against load + tf.function |",
-        "|" + " --- |" * 4,
+        "| way | scans/s | against load + predict | against load + tf.function | accuracy "
+        "| macro AUROC |",
+        "|" + " --- |" * 6,
     ]
     for row in files["rows"]:
+        accuracy, area = (interval_in_words(row[key]) for key in SCORES)
         way = LOOPS.get(row["way"], f"`chestct classify`, {row['way']}")
         lines.append(
             f"| {way} | {row['scans_per_s']:.1f} | {row['times_faster_than_keras_predict']:.1f} x "
-            f"| {row['times_faster_than_keras_compiled']:.1f} x |"
+            f"| {row['times_faster_than_keras_compiled']:.1f} x | {accuracy} | {area} |"
         )
     lines += ["", f"Under load: {result['method']}."]
     for variant, settings in result["served"].items():
@@ -472,6 +488,7 @@ def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, An
     names = list(dict.fromkeys(_layout_in_words(row) for row in mine))
     cell = {(_layout_in_words(row), row["concurrency"]): row for row in mine}
     numbers = list(dict.fromkeys(row["concurrency"] for row in mine))
+    accuracy, area = (interval_in_words(mine[0][key]) for key in SCORES)
     lines = []
     for title, text in (
         ("scans/s (mean batch executed; cores that the client took)", _speed_in_words),
@@ -479,7 +496,7 @@ def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, An
     ):
         lines += [
             "",
-            f"{variant} by {settings['engine']}, {title}:",
+            f"{variant} by {settings['engine']}, accuracy {accuracy}, macro AUROC {area}; {title}:",
             "",
             f"| concurrency | {' | '.join(names)} |",
             "|" + " --- |" * (1 + len(names)),

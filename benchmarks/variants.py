@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.engines import Infer
+from chestct.contract import Window
 from export.onnx import sha256_of
 from export.repository import parsed_config
 from serving.local import nvidia_driver_answers
 from training.metrics import score
-from training.scans import ScanSet
+from training.scans import ScanSet, read_split
 
 SCORING_BATCH = 8
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
@@ -33,6 +34,8 @@ class MeasuredConfig:
             the result.
         repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
         scans: Folder of scans to send.
+        split: Labelled scans, CSV of `training.split`; its test rows give each row its accuracy.
+        most_scored: At most so many of them, evenly spread.
         seed: Of the random order in which things are measured.
     """
 
@@ -46,7 +49,27 @@ class MeasuredConfig:
     )
     repository: Path = Path("model_repository")
     scans: Path = Path("data/scans")
+    split: Path = Path("results/split/split.csv")
+    most_scored: int = 400
     seed: int = 7
+
+    def __post_init__(self) -> None:
+        """Refuse to score nothing.
+
+        Raises:
+            ValueError: `most_scored` is not positive.
+        """
+        if self.most_scored < 1:
+            raise ValueError(f"most_scored is {self.most_scored}; expected at least 1")
+
+    def labelled(self, window: Window) -> ScanSet:
+        """The test scans that each row is scored on, in the window of the model.
+
+        Raises:
+            ValueError: There is no split file, or it names no test scan.
+            chestct.errors.ScanDecodeError: A scan cannot be read.
+        """
+        return spread(read_split(self.scans, self.split, window)["test"], self.most_scored)
 
 
 @dataclass(frozen=True)
