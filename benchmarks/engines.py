@@ -22,8 +22,8 @@ from chestct.contract import INPUT_NAME, OUTPUT_NAMES
 Scans = npt.NDArray[np.uint8]
 Infer = Callable[[Scans], Any]  # uint8 (N, 224, 224, 1) to the outputs of the contract
 
-BASELINES = ("keras_predict", "keras_compiled")
 # `predict` is what most people write; a compiled `tf.function` is the best that Keras can do.
+BASELINES = ("keras_predict", "keras_compiled")
 ENGINES = ("onnxruntime", "openvino", "openvino_bf16")
 
 _FIRST_ANSWER = """
@@ -93,9 +93,12 @@ def _open_onnxruntime(onnx: Path, threads: int) -> Infer:
 def _open_openvino(onnx: Path, threads: int, precision: str) -> Infer:
     import openvino
 
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
-    if threads:
-        hints["INFERENCE_NUM_THREADS"] = str(threads)
+    hints: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    if threads:  # both as in the server's backend
+        hints |= {"INFERENCE_NUM_THREADS": str(threads), "ENABLE_CPU_PINNING": False}
     request = openvino.Core().compile_model(str(onnx), "CPU", hints).create_infer_request()
 
     def infer(scans: Scans) -> dict[str, npt.NDArray[np.float32]]:

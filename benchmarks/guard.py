@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -102,6 +103,11 @@ def compare(result: Path, baseline: Path, allowed: float) -> int:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: no such file; `make bench` writes results/benchmark/latency.json and "
+            "throughput.json"
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(found, dict) or not {"environment", "rows"} <= found.keys():
@@ -117,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.guard",
-        description=main.__doc__,
+        description=inspect.getdoc(main),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("result", type=Path, help="JSON of benchmarks.latency or .throughput")

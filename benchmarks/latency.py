@@ -21,17 +21,18 @@ from benchmarks.engines import BASELINES, ENGINES, Infer, Scans, first_answer, o
 from benchmarks.environment import CPU_FLAGS, environment
 from benchmarks.pareto import write_plot
 from benchmarks.server import (
+    answers_of,
     first_served_answer,
     statistics_after,
     statistics_of,
 )
 from benchmarks.variants import (
+    MeasuredConfig,
     Variant,
     find_variants,
     median_interval,
     read_curve,
     scores_of,
-    spread,
 )
 from chestct.client import ScanClient
 from chestct.scan import list_scans, load_scan
@@ -41,13 +42,14 @@ from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.model import load_trained
-from training.scans import ScanSet, read_split
+from training.scans import ScanSet
 
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.02  # idle worker threads of the engine before spin for a few milliseconds
 MOST_REPEATS = 5
 TURN_MS = 60.0  # a turn of a fast engine holds several timed requests, up to about this long
+FILE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # DICOM files need no suffix
 PROTOCOLS = ("triton_grpc", "triton_http", "triton_grpc_shm")
 METHOD = (
     "interleaved rounds in random order; a turn is one untimed request and then one to five timed "
@@ -57,41 +59,20 @@ METHOD = (
 
 
 @dataclass(frozen=True)
-class LatencyConfig:
+class LatencyConfig(MeasuredConfig):
     """What `benchmarks.latency` is told.
 
     Attributes:
-        model: Folder that `training.fit` wrote.
-        variants: Folder of each variant, as {name: folder}; those that are not there are named in
-            the result.
-        repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
-        scans: Folder of scans to send.
-        split: Labelled scans, CSV of `training.split`; its test rows give each row its accuracy.
-        most_scored: At most so many of them, evenly spread.
         curve: What `export.compress` tried, drawn into the plot where it is there.
         rounds: Most rounds for a batch size, as {batch size: number}.
         limit_s: No further round of a batch size begins after so many seconds.
         cold_starts: Starts of each engine and server; 0 leaves cold start and memory out.
-        seed: Of the order of engines within a round.
     """
 
-    model: Path = Path("results/train")
-    variants: dict[str, Any] = field(
-        default_factory=lambda: {
-            "fp32": "results/export",
-            "int8": "results/int8",
-            "compressed": "results/compressed",
-        }
-    )
-    repository: Path = Path("model_repository")
-    scans: Path = Path("data/scans")
-    split: Path = Path("results/split/split.csv")
-    most_scored: int = 400
     curve: Path = Path("results/compressed/curve.json")
     rounds: dict[int, int] = field(default_factory=lambda: {1: 60, 8: 6})
     limit_s: float = 120.0
     cold_starts: int = 2
-    seed: int = 7
 
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing.
@@ -99,14 +80,14 @@ class LatencyConfig:
         Raises:
             ValueError: A batch size or a number of rounds below 1, or a limit that is none.
         """
+        super().__post_init__()
         for batch, count in self.rounds.items():
             if not (isinstance(batch, int) and isinstance(count, int) and min(batch, count) >= 1):
                 raise ValueError(f"rounds is {self.rounds}; expected {{batch size: number}}")
-        if not self.rounds or self.limit_s <= 0 or self.cold_starts < 0 or self.most_scored < 1:
+        if not self.rounds or self.limit_s <= 0 or self.cold_starts < 0:
             raise ValueError(
-                f"rounds {self.rounds}, limit_s {self.limit_s}, cold_starts {self.cold_starts}, "
-                f"most_scored {self.most_scored}: expected at least one round and scan, a positive "
-                "limit and no negative number"
+                f"rounds {self.rounds}, limit_s {self.limit_s}, cold_starts {self.cold_starts}: "
+                "expected at least one round, a positive limit and no negative number"
             )
 
 
@@ -191,10 +172,10 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
     started = time.monotonic()
     _, facts = load_trained(config.model)
     variants, not_measured = find_variants(config.variants, config.repository)
-    tests = read_split(config.scans, config.split, facts.window)["test"]
-    labelled = spread(tests, config.most_scored)
+    labelled = config.labelled(facts.window)
     scans = spread_scans(config.scans, 64)
-    decode_ms = _decode_ms(config.scans)
+    decode_times = decode_ms_by_kind(config.scans)
+    decode_ms = statistics.median(ms for times in decode_times.values() for ms in times)
     with ExitStack() as stack:
         served = [variant for variant in variants if variant.config is not None]
         subjects, url = list(_in_process(config, variants, not_measured)), ""
@@ -226,6 +207,10 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
             for variant in variants
         },
         "not_measured": not_measured,
+        "decode": {
+            kind: {"n": len(times), "p50_ms": round(statistics.median(times), 3)}
+            for kind, times in sorted(decode_times.items())
+        },
         "rows": rows,
         "curve": read_curve(config.curve),
         "minutes": round((time.monotonic() - started) / 60, 1),
@@ -284,12 +269,8 @@ def _over_the_wire(
             ScanClient(server.grpc_url, name, shared_memory="on"),
         )
         for protocol, client in zip(PROTOCOLS, clients, strict=True):
-            infer = _answers_of(stack.enter_context(client))
+            infer = answers_of(stack.enter_context(client))
             yield Subject(protocol, variant.name, infer, settings["engine"], name)
-
-
-def _answers_of(client: ScanClient) -> Infer:
-    return lambda scans: vars(client.classify(scans))
 
 
 def _worth(subjects: list[Subject], labelled: ScanSet) -> dict[tuple[str, str], dict[str, Any]]:
@@ -404,14 +385,20 @@ def _add_footprints(
         row["peak_memory_mb"] = round(max(memory_mb for _, memory_mb in starts), 1)
 
 
-def _decode_ms(folder: Path) -> float:
-    """Median milliseconds from a file on disk to a uint8 scan, over at most 200 files."""
-    times = []
-    for path in list(list_scans(folder))[:200]:
+def decode_ms_by_kind(folder: Path) -> dict[str, list[float]]:
+    """Milliseconds from a file on disk to a uint8 scan, by the kind that its name tells.
+
+    Of at most 200 files, evenly spread; each is in the page cache when its time is taken.
+    """
+    paths = list(list_scans(folder))
+    times: dict[str, list[float]] = {}
+    for path in paths[:: -(-len(paths) // 200)]:
+        load_scan(path)
         started = time.perf_counter_ns()
         load_scan(path)
-        times.append((time.perf_counter_ns() - started) / 1e6)
-    return statistics.median(times)
+        kind = FILE_KINDS.get(path.suffix.lower(), "DICOM")
+        times.setdefault(kind, []).append((time.perf_counter_ns() - started) / 1e6)
+    return times
 
 
 def place_in_words(place: dict[str, Any]) -> str:
@@ -451,10 +438,13 @@ def markdown(result: dict[str, Any]) -> str:
             if row["batch"] == rows[0]["batch"] and row["engine"] not in PROTOCOLS[1:]
         ]
         lines.append("")
-    decode = rows[0]["parts_ms"]["decode"] / rows[0]["batch"]
+    decode = ", ".join(
+        f"{item['p50_ms']:.1f} ms for {kind} (n = {item['n']})"
+        for kind, item in result["decode"].items()
+    )
     lines.append(
-        f"Decoding one file to a scan takes {decode:.1f} ms and comes on top. The run took "
-        f"{result['minutes']} minutes."
+        f"Decoding one file to a scan comes on top: {decode}. The run took {result['minutes']} "
+        "minutes."
     )
     lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,14 @@ PARTS_US = {
     "queue": ("Server Queue",),
     "compute": ("Server Compute Input", "Server Compute Infer", "Server Compute Output"),
 }
-UNSTABLE = 2  # exit code where no three windows agreed; the figures of the last ones are written
+# A window ends with its requests, not with the clock, so that it fits a model of 4 ms and one of
+# 140 ms, alone or behind fifteen others. 50 requests are perf_analyzer's own default.
+LEAST_REQUESTS = 50
+REQUESTS_OF_EACH = 4  # whole batches of 8 would have the say at the edges of a shorter window
+MOST_WINDOWS = 6
+STABLE_WITHIN_PERCENT = 25  # of latency and throughput in three windows; other work disturbs them
+UNSTABLE = 2  # exit code where no three windows agree, and then nothing is written
+TIMEOUT_S = 600.0
 
 
 def find_perf_analyzer() -> list[str] | None:
@@ -36,40 +43,50 @@ def find_perf_analyzer() -> list[str] | None:
 
 
 def perf_analyzer_rows(
-    command: Sequence[str], grpc_url: str, model: str, concurrency: Sequence[int], window_s: float
+    command: Sequence[str], grpc_url: str, model: str, concurrency: Sequence[int]
 ) -> list[dict[str, Any]]:
     """One row for each concurrency, over gRPC, one scan a request, in the manner of our own rows.
+
+    Where three windows never agree the row says `stable` false and holds no figures.
 
     Args:
         command: From `find_perf_analyzer`.
         grpc_url: Address of the server, `grpc://HOST:PORT`.
         model: Name of the model.
         concurrency: Requests in flight.
-        window_s: Seconds of a window; it measures three to five of them.
 
     Raises:
-        ValueError: perf_analyzer failed.
+        ValueError: perf_analyzer failed, or took over ten minutes for one concurrency.
     """
-    rows = []
-    for number in concurrency:
-        with tempfile.TemporaryDirectory() as folder:
-            table = Path(folder) / "table.csv"
-            options = (
-                f"-m {model} -u {grpc_url.removeprefix('grpc://')} -i grpc -b 1 "
-                f"--concurrency-range {number}:{number} -r 5 -s 50 "
-                f"--measurement-interval {round(1000 * window_s)} -f {table}"
-            )
+    return [_row(command, grpc_url, model, number) for number in concurrency]
+
+
+def _row(command: Sequence[str], grpc_url: str, model: str, concurrency: int) -> dict[str, Any]:
+    about = {"model": model, "concurrency": concurrency}
+    requests = max(LEAST_REQUESTS, REQUESTS_OF_EACH * concurrency)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.csv"
+        options = (
+            f"-m {model} -u {grpc_url.removeprefix('grpc://')} -i grpc -b 1 "
+            f"--concurrency-range {concurrency}:{concurrency} --measurement-mode count_windows "
+            f"--measurement-request-count {requests} -r {MOST_WINDOWS} -s {STABLE_WITHIN_PERCENT} "
+            f"-f {table}"
+        )
+        try:
             done = subprocess.run(
-                [*command, *shlex.split(options)], capture_output=True, text=True, timeout=300
+                [*command, *shlex.split(options)], capture_output=True, text=True, timeout=TIMEOUT_S
             )
-            if not table.is_file() or done.returncode not in (0, UNSTABLE):
-                said = " ".join((done.stderr or done.stdout).split())[-300:]
-                raise ValueError(f"perf_analyzer exited with {done.returncode}: {said}")
-            rows += [
-                row | {"model": model, "stable": done.returncode == 0}
-                for row in rows_of_table(table.read_text())
-            ]
-    return rows
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                f"perf_analyzer did not end within {TIMEOUT_S:g} s at concurrency {concurrency}"
+            ) from error
+        if done.returncode == UNSTABLE:
+            return about | {"stable": False}
+        if done.returncode or not table.is_file():
+            said = " ".join((done.stderr or done.stdout).split())[-300:]
+            raise ValueError(f"perf_analyzer exited with {done.returncode}: {said}")
+        (row,) = rows_of_table(table.read_text())
+        return about | {"stable": True} | row
 
 
 def rows_of_table(text: str) -> list[dict[str, Any]]:

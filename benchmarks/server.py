@@ -10,11 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.engines import Infer
 from chestct.client import ScanClient
 from chestct.contract import SCAN_SHAPE
 from serving.local import LocalTriton
 
 COUNTED_WITHIN_S = 5.0
+
+
+def answers_of(client: ScanClient) -> Infer:
+    """A function from scans, uint8 (N, 224, 224, 1), to what a served model answers, by name."""
+    return lambda scans: vars(client.classify(scans))
 
 
 def statistics_of(http_url: str, model: str) -> dict[str, int]:
@@ -82,4 +88,4 @@ def first_served_answer(repository: Path, model: str, batch: int) -> tuple[float
         client.classify(np.zeros((1, *SCAN_SHAPE), np.uint8))
         seconds = time.perf_counter() - started
         client.classify(np.zeros((batch, *SCAN_SHAPE), np.uint8))
-        return seconds, server.peak_memory_mb() * 2**20 / 1e6
+        return seconds, server.peak_memory_mb()

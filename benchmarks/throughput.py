@@ -20,10 +20,14 @@ from tqdm import tqdm
 
 from benchmarks.engines import BASELINES, Infer, Scans, open_engine
 from benchmarks.environment import cores, environment
-from benchmarks.latency import place_in_words
-from benchmarks.perf_analyzer import find_perf_analyzer, perf_analyzer_rows
-from benchmarks.server import statistics_of
-from benchmarks.variants import THREADS, Variant, find_variants
+from benchmarks.latency import interval_in_words, place_in_words
+from benchmarks.perf_analyzer import (
+    STABLE_WITHIN_PERCENT,
+    find_perf_analyzer,
+    perf_analyzer_rows,
+)
+from benchmarks.server import answers_of, statistics_of
+from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants, scores_of
 from chestct.batch import classify_paths
 from chestct.client import ScanClient
 from chestct.contract import ModelFacts
@@ -55,18 +59,15 @@ LOOPS = {
     "keras_predict": "loop of load_scan and model.predict",
     "keras_compiled": "loop of load_scan and compiled tf.function",
 }
+SCORES = ("accuracy", "macro_auroc")
 Way = Callable[[list[Path], Path], None]  # classifies files and writes a line for each
 
 
 @dataclass(frozen=True)
-class ThroughputConfig:
+class ThroughputConfig(MeasuredConfig):
     """What `benchmarks.throughput` is told.
 
     Attributes:
-        model: Folder that `training.fit` wrote.
-        variants: Folder of each variant, as {name: folder}.
-        repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
-        scans: Folder of scans.
         concurrency: Requests in flight.
         instances: Layouts of the server: so many instances, which share the cores between them.
         seconds: Of a cell in each pass, after `warm_up_s`; up to ten for slow models.
@@ -75,19 +76,8 @@ class ThroughputConfig:
         num_files: At most so many files, evenly spread, on the way from files to JSON lines.
         file_passes: How often each way from files to JSON lines is measured.
         batch_size: Scans in a request on that way; 8 is what `chestct classify` takes.
-        seed: Of the order of cells and ways within a pass.
     """
 
-    model: Path = Path("results/train")
-    variants: dict[str, Any] = field(
-        default_factory=lambda: {
-            "fp32": "results/export",
-            "int8": "results/int8",
-            "compressed": "results/compressed",
-        }
-    )
-    repository: Path = Path("model_repository")
-    scans: Path = Path("data/scans")
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
     instances: tuple[int, ...] = (1, 2)
     seconds: float = 1.5
@@ -96,7 +86,6 @@ class ThroughputConfig:
     num_files: int = 64
     file_passes: int = 3
     batch_size: int = 8
-    seed: int = 7
 
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing.
@@ -104,6 +93,7 @@ class ThroughputConfig:
         Raises:
             ValueError: A number below 1, no concurrency or layout, or a time that is none.
         """
+        super().__post_init__()
         counts = (*self.concurrency, *self.instances, self.passes, self.num_files, self.batch_size)
         if min(counts) < 1 or self.file_passes < 1 or not (self.concurrency and self.instances):
             raise ValueError("expected at least 1 for each number and in each list")
@@ -313,31 +303,36 @@ def load(
 
 
 def from_files(
-    config: ThroughputConfig, variants: list[Variant], facts: ModelFacts
+    config: ThroughputConfig, variants: list[Variant], facts: ModelFacts, grpc_url: str
 ) -> dict[str, Any]:
-    """Scans a second from files to JSON lines, for each baseline and each served variant.
+    """Scans a second from files to JSON lines, for each baseline and each served variant, scored.
 
     The variants go the way of `chestct classify`: `classify_paths` decodes ahead in threads and
     sends batches, `json_text` writes a line. The baselines are plain loops: load a file by the
     same fast `load_scan`, ask the model, write a line.
 
     Raises:
+        ValueError: A way left out a file.
         chestct.errors.ChestCTError: The server fails.
-        serving.local.LocalTritonError: Triton does not start.
     """
     every = list(list_scans(config.scans))
     step = max(1, len(every) // config.num_files)
     paths = every[::step][: config.num_files]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        names = tuple(variant.served_as for variant in variants)
-        server = stack.enter_context(LocalTriton(config.repository, models=names))
-        ways: dict[str, Way] = {
-            name: _loop(open_engine(name, config.model), facts) for name in BASELINES
-        }
+        answers = {name: open_engine(name, config.model) for name in BASELINES}
+        ways = {name: _loop(infer, facts) for name, infer in answers.items()}
         for variant in variants:
-            client = stack.enter_context(ScanClient(server.grpc_url, variant.served_as))
+            client = stack.enter_context(ScanClient(grpc_url, variant.served_as))
+            answers[variant.name] = answers_of(client)
             ways[variant.name] = _classify(client, config.batch_size)
+        # The same network in the same library, which takes long by `predict`.
+        del answers["keras_predict"]
+        labelled = config.labelled(facts.window)
+        worth = {
+            name: scores_of(infer, labelled, f"score {name}") for name, infer in answers.items()
+        }
+        worth["keras_predict"] = worth["keras_compiled"]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():
             way(paths[: 2 * config.batch_size], folder / "lines.jsonl")
@@ -350,8 +345,8 @@ def from_files(
                 lines = (folder / "lines.jsonl").read_text().splitlines()
                 if len(lines) != len(paths):
                     raise ValueError(f"{name} wrote {len(lines)} lines for {len(paths)} files")
-        rows = file_rows(seconds, len(paths))
-        return {"num_files": len(paths), "rows": rows} | _by_perf_analyzer(config, names, server)
+    rows = [row | worth[row["way"]] for row in file_rows(seconds, len(paths))]
+    return {"num_files": len(paths), "num_scored": len(labelled), "rows": rows}
 
 
 def _loop(infer: Infer, facts: ModelFacts) -> Way:
@@ -392,22 +387,21 @@ def file_rows(seconds: Mapping[str, list[float]], num_files: int) -> list[dict[s
     return rows
 
 
-def _by_perf_analyzer(
-    config: ThroughputConfig, names: tuple[str, ...], server: LocalTriton
-) -> dict[str, Any]:
+def by_perf_analyzer(
+    variants: list[Variant], concurrency: tuple[int, ...], grpc_url: str
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of NVIDIA's perf_analyzer, and what it could not measure, as {what: why}."""
     command = find_perf_analyzer()
     if command is None:
-        return {"perf_analyzer": "not installed"}
-    rows = []
-    for name in names:
-        logger.info("perf_analyzer on %s", name)
+        return [], {"perf_analyzer": "not installed; name it with PERF_ANALYZER"}
+    rows, failures = [], {}
+    for variant in variants:
+        logger.info("perf_analyzer on %s", variant.served_as)
         try:
-            rows += perf_analyzer_rows(
-                command, server.grpc_url, name, config.concurrency[::2], config.seconds
-            )
+            rows += perf_analyzer_rows(command, grpc_url, variant.served_as, concurrency)
         except ValueError as error:  # all else is measured by now, and is not to be lost
-            return {"perf_analyzer": f"failed on {name}: {error}"}
-    return {"perf_analyzer": rows}
+            failures[f"perf_analyzer on {variant.served_as}"] = str(error)
+    return rows, failures
 
 
 def measure(config: ThroughputConfig) -> dict[str, Any]:
@@ -428,14 +422,19 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
             "export.repository"
         )
     rows = under_load(config, served)
-    files = from_files(config, served, facts)
-    analyzed = files.pop("perf_analyzer")
+    names = tuple(variant.served_as for variant in served)
+    with LocalTriton(config.repository, models=names) as server:
+        files = from_files(config, served, facts, server.grpc_url)
+        analyzed, failures = by_perf_analyzer(served, config.concurrency, server.grpc_url)
+    worth = {row["way"]: {key: row[key] for key in SCORES} for row in files["rows"]}
+    rows = [row | worth[row["variant"]] for row in rows]
     return {
         "environment": environment(),
         "run": facts.run,
         "method": METHOD,
+        "scored_on": f"{files['num_scored']} test scans of {config.split}",
         "served": {variant.name: variant.settings() for variant in served},
-        "not_measured": not_measured,
+        "not_measured": not_measured | failures,
         "rows": rows,
         "files_method": FILES_METHOD,
         "files": files,
@@ -450,37 +449,34 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         place_in_words(result["environment"]),
         "",
-        f"{files['num_files']} scans {result['files_method']}:",
+        f"{files['num_files']} scans {result['files_method']}; accuracy on {result['scored_on']}, "
+        "95 % intervals:",
         "",
-        "| way | scans/s | against load + predict | against load + tf.function |",
-        "|" + " --- |" * 4,
+        "| way | scans/s | against load + predict | against load + tf.function | accuracy "
+        "| macro AUROC |",
+        "|" + " --- |" * 6,
     ]
     for row in files["rows"]:
+        accuracy, area = (interval_in_words(row[key]) for key in SCORES)
         way = LOOPS.get(row["way"], f"`chestct classify`, {row['way']}")
         lines.append(
             f"| {way} | {row['scans_per_s']:.1f} | {row['times_faster_than_keras_predict']:.1f} x "
-            f"| {row['times_faster_than_keras_compiled']:.1f} x |"
+            f"| {row['times_faster_than_keras_compiled']:.1f} x | {accuracy} | {area} |"
         )
     lines += ["", f"Under load: {result['method']}."]
     for variant, settings in result["served"].items():
         lines += _load_tables(variant, settings, result["rows"])
-    analyzed = result["perf_analyzer"]
-    if isinstance(analyzed, str):
-        lines += ["", f"perf_analyzer: {analyzed}."]
-    else:
+    if result["perf_analyzer"]:
         lines += [
             "",
             "NVIDIA's perf_analyzer, whose load comes from C++, on the models as they are "
-            "published (stable: three windows within 50 %):",
+            f"published; latency and throughput of three windows lie within {STABLE_WITHIN_PERCENT}"
+            " %:",
             "",
-            "| model | concurrency | scans/s | p50 ms | p99 ms | stable |",
-            "|" + " --- |" * 6,
+            "| model | concurrency | scans/s | p50 ms | p99 ms |",
+            "|" + " --- |" * 5,
         ]
-        lines += [
-            f"| {row['model']} | {row['concurrency']} | {row['scans_per_s']:.1f} "
-            f"| {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | {'yes' if row['stable'] else 'no'} |"
-            for row in analyzed
-        ]
+        lines += [_analyzed_in_words(row) for row in result["perf_analyzer"]]
     lines += ["", f"The run took {result['minutes']} minutes."]
     lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
     return "\n".join(lines) + "\n"
@@ -492,6 +488,7 @@ def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, An
     names = list(dict.fromkeys(_layout_in_words(row) for row in mine))
     cell = {(_layout_in_words(row), row["concurrency"]): row for row in mine}
     numbers = list(dict.fromkeys(row["concurrency"] for row in mine))
+    accuracy, area = (interval_in_words(mine[0][key]) for key in SCORES)
     lines = []
     for title, text in (
         ("scans/s (mean batch executed; cores that the client took)", _speed_in_words),
@@ -499,7 +496,7 @@ def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, An
     ):
         lines += [
             "",
-            f"{variant} by {settings['engine']}, {title}:",
+            f"{variant} by {settings['engine']}, accuracy {accuracy}, macro AUROC {area}; {title}:",
             "",
             f"| concurrency | {' | '.join(names)} |",
             "|" + " --- |" * (1 + len(names)),
@@ -517,6 +514,13 @@ def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, An
         f"{_layout_in_words(most)} at concurrency {most['concurrency']}, "
         f"{most['scans_per_s']:.1f} a second.",
     ]
+
+
+def _analyzed_in_words(row: dict[str, Any]) -> str:
+    start = f"| {row['model']} | {row['concurrency']} |"
+    if not row["stable"]:
+        return f"{start} not stable | | |"
+    return f"{start} {row['scans_per_s']:.1f} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} |"
 
 
 def _speed_in_words(row: dict[str, Any]) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,63 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.engines import Infer
+from chestct.contract import Window
 from export.onnx import sha256_of
 from export.repository import parsed_config
+from serving.local import nvidia_driver_answers
 from training.metrics import score
-from training.scans import ScanSet
+from training.scans import ScanSet, read_split
 
 SCORING_BATCH = 8
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
+
+
+@dataclass(frozen=True)
+class MeasuredConfig:
+    """What a benchmark of the variants is told, whatever it measures.
+
+    Attributes:
+        model: Folder that `training.fit` wrote.
+        variants: Folder of each variant, as {name: folder}; those that are not there are named in
+            the result.
+        repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
+        scans: Folder of scans to send.
+        split: Labelled scans, CSV of `training.split`; its test rows give each row its accuracy.
+        most_scored: At most so many of them, evenly spread.
+        seed: Of the random order in which things are measured.
+    """
+
+    model: Path = Path("results/train")
+    variants: dict[str, Any] = field(
+        default_factory=lambda: {
+            "fp32": "results/export",
+            "int8": "results/int8",
+            "compressed": "results/compressed",
+        }
+    )
+    repository: Path = Path("model_repository")
+    scans: Path = Path("data/scans")
+    split: Path = Path("results/split/split.csv")
+    most_scored: int = 400
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        """Refuse to score nothing.
+
+        Raises:
+            ValueError: `most_scored` is not positive.
+        """
+        if self.most_scored < 1:
+            raise ValueError(f"most_scored is {self.most_scored}; expected at least 1")
+
+    def labelled(self, window: Window) -> ScanSet:
+        """The test scans that each row is scored on, in the window of the model.
+
+        Raises:
+            ValueError: There is no split file, or it names no test scan.
+            chestct.errors.ScanDecodeError: A scan cannot be read.
+        """
+        return spread(read_split(self.scans, self.split, window)["test"], self.most_scored)
 
 
 @dataclass(frozen=True)
@@ -53,13 +102,11 @@ class Variant:
         """How Triton runs it: engine, threads (0 = one a core), instances, batching."""
         batching = self.config.HasField("dynamic_batching")
         parameters = self.config.parameters
-        threads = (
-            "intra_op_thread_count" in parameters
-            and parameters["intra_op_thread_count"].string_value
-        )
+        # Looking a key up in a protobuf map adds it.
+        threads = parameters[THREADS].string_value if THREADS in parameters else "0"
         return {
             "engine": self._engine(),
-            "threads": int(threads or 0),
+            "threads": int(threads),
             "instances": sum(group.count for group in self.config.instance_group),
             "max_batch_size": self.config.max_batch_size,
             "dynamic_batching": batching,
@@ -116,10 +163,9 @@ def find_variants(
 
 
 def _served_config(folder: Path) -> Any:
-    """The config that Triton reads: without a GPU `configs/cpu.pbtxt` goes before the other one."""
-    for name in (["configs/cpu.pbtxt"] if shutil.which("nvidia-smi") is None else []) + [
-        "config.pbtxt"
-    ]:
+    """The config that Triton reads of a model, None where there is none."""
+    names = ["config.pbtxt"] if nvidia_driver_answers() else ["configs/cpu.pbtxt", "config.pbtxt"]
+    for name in names:
         if (folder / name).is_file():
             return parsed_config((folder / name).read_text(encoding="utf-8"))
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 import statistics
@@ -32,7 +31,7 @@ from export.parity import (
     openvino_runner,
     run_all,
 )
-from export.quantize import calibration_scans, quantized
+from export.quantize import calibration_scans, int8_form
 from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
@@ -157,8 +156,7 @@ def students_in_int8(
     for folder in folders:
         logger.info("student %s: to INT8", folder.name)
         model, facts = load_trained(folder)
-        converted = quantized(onnx_from_keras(model, facts), calibration)
-        facts = dataclasses.replace(facts, precision="int8")
+        converted, facts = int8_form(onnx_from_keras(model, facts), facts, calibration)
         file = output / f"{folder.name}.onnx"
         file.write_bytes(converted.SerializeToString())
         candidates.append(Candidate(folder.name, widths_of(model), facts, file))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelFacts
-from export.onnx import sha256_of
+from export.onnx import set_facts, sha256_of
 from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
@@ -322,6 +322,10 @@ def write_graph(config: EngineConfig) -> Path:
     objections = tensorrt_objections(graph)
     if objections:
         raise ValueError(f"TensorRT would refuse {config.onnx}: {'; '.join(objections)}")
+    facts = ModelFacts.from_parameters(json.loads(facts_file.read_text()))
+    facts = dataclasses.replace(facts, precision=config.precision)
+    if graph is not source:
+        set_facts(graph, facts)
     data = config.onnx.read_bytes() if graph is source else graph.SerializeToString()
     written = config.output / "model.onnx"
     if not written.is_file() or written.read_bytes() != data:
@@ -329,8 +333,6 @@ def write_graph(config: EngineConfig) -> Path:
             folder.mkdir()
             (folder / "model.onnx").write_bytes(data)
         logger.info("wrote %s, %.1f MB", written, len(data) / 1e6)
-    facts = ModelFacts.from_parameters(json.loads(facts_file.read_text()))
-    facts = dataclasses.replace(facts, precision=config.precision)
     write_json(config.output / "facts.json", facts.to_parameters())
     parity = config.onnx.with_name("parity.json")
     if graph is source and parity.is_file():

@@ -77,14 +77,25 @@ def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> o
         serve, input_signature=serve.input_signature, opset=opset
     )
     _name_tensors(converted)
-    del converted.metadata_props[:]
-    onnx.helper.set_model_props(converted, facts.to_parameters() | {"notice": NOT_A_MEDICAL_DEVICE})
     converted.producer_name, converted.producer_version = "chestct", ""
     onnx.checker.check_model(converted, full_check=True)
-    differences = contract_differences(converted, len(facts.labels))
-    if differences:
-        raise ValueError(f"the converted graph differs from the contract: {'; '.join(differences)}")
+    set_facts(converted, facts)
     return converted
+
+
+def set_facts(model: onnx.ModelProto, facts: ModelFacts) -> None:
+    """Make `facts` the metadata of a model, in place of any before, and hold it to the contract.
+
+    Raises:
+        ValueError: Its inputs or outputs differ from the contract; the message lists how.
+    """
+    import onnx
+
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, facts.to_parameters() | {"notice": NOT_A_MEDICAL_DEVICE})
+    differences = contract_differences(model, len(facts.labels))
+    if differences:
+        raise ValueError(f"the graph differs from the contract: {'; '.join(differences)}")
 
 
 def contract_differences(model: onnx.ModelProto, num_classes: int) -> list[str]:

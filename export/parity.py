@@ -266,6 +266,14 @@ class Verdict:
         return "\n".join(report.in_words() for report in self.reports)
 
 
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; make the variant first, by python -m export.onnx (FP32), "
+            "export.quantize (INT8), export.compress or export.engine"
+        )
+
+
 def keras_runner(model: Any) -> Runner:
     """Runs a Keras model from `training.model`."""
 
@@ -283,8 +291,7 @@ def onnx_runner(path: Path) -> Runner:
     """
     import onnxruntime
 
-    if not path.is_file():
-        raise ValueError(f"{path}: no such ONNX file; run python -m export.onnx")
+    _require_file(path)
     options = onnxruntime.SessionOptions()
     # Its idle threads spin, which makes OpenVINO in the same process 16 times slower on 2 cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -303,8 +310,7 @@ def openvino_runner(path: Path) -> Runner:
     Raises:
         ValueError: The file is missing, or OpenVINO is not installed.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such ONNX file; run python -m export.onnx")
+    _require_file(path)
     try:
         import openvino
     except ImportError as error:
@@ -453,7 +459,7 @@ def gate_figures(
         candidate: Outputs of the variant.
         thresholds: Domain thresholds of the two.
         gate: The limits.
-    """  # fmt: skip
+    """
     before, after = (outputs["probabilities"] for outputs in (reference, candidate))
     num_classes = before.shape[1]
     both = np.hstack([before, after])
@@ -610,8 +616,7 @@ def facts_of(variant: Path) -> ModelFacts:
         ValueError: There are none.
     """
     file = variant / "facts.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; export the variant first (python -m export.onnx)")
+    _require_file(file)
     return ModelFacts.from_parameters(json.loads(file.read_text()))
 
 

@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from chestct.contract import INPUT_NAME, NOT_A_MEDICAL_DEVICE, SCAN_SIZE, ModelFacts
-from export.onnx import contract_differences, sha256_of
+from chestct.contract import INPUT_NAME, SCAN_SIZE, ModelFacts
+from export.onnx import set_facts, sha256_of
 from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
@@ -151,6 +151,25 @@ def quantized(model: onnx.ModelProto, scans: Scans) -> onnx.ModelProto:
             step = float(np.float32(max(found.ranges[node.output[0]], 1e-6) / ACTIVATION_STEPS))
         value = build.pair(f"steps{index}", value, step)
     return build.model(model, chain[-1], value)
+
+
+def int8_form(
+    model: onnx.ModelProto, facts: ModelFacts, scans: Scans
+) -> tuple[onnx.ModelProto, ModelFacts]:
+    """The `quantized` form of a model and its facts, which are its metadata too.
+
+    Args:
+        model: As of `quantized`.
+        facts: Of the FP32 model.
+        scans: uint8 (N, 224, 224, 1), to calibrate on.
+
+    Raises:
+        ValueError: As of `quantized`.
+    """
+    facts = dataclasses.replace(facts, precision="int8")
+    result = quantized(model, scans)
+    set_facts(result, facts)
+    return result, facts
 
 
 def backbone(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -356,13 +375,7 @@ def write_int8(config: QuantizeConfig) -> Path:
     facts = ModelFacts.from_parameters(json.loads(facts_file.read_text()))
     train = read_split(config.scans, config.split, facts.window)["train"]
     chosen = calibration_scans(train, config.num_scans)
-    model = quantized(onnx.load(source), chosen.pixels)
-    facts = dataclasses.replace(facts, precision="int8")
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, facts.to_parameters() | {"notice": NOT_A_MEDICAL_DEVICE})
-    differences = contract_differences(model, len(facts.labels))
-    if differences:
-        raise ValueError(f"the quantized graph differs from the contract: {'; '.join(differences)}")
+    model, facts = int8_form(onnx.load(source), facts, chosen.pixels)
     with replaced(config.output) as folder:
         folder.mkdir()
         (folder / "model.onnx").write_bytes(model.SerializeToString())

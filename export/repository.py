@@ -485,7 +485,8 @@ def publish_variants(config: ServeConfig) -> list[str]:
     wanted = config.models()[config.promoted]
     if not wanted.served_file.is_file():
         failures[config.promoted] = (
-            f"{wanted.name} is to be promoted: {wanted.served_file} is not there"
+            f"{wanted.name} is to be promoted, and {wanted.served_file} is not there; make it, or "
+            "name another variant as `promoted`"
         )
     if config.promoted not in failures:
         promote(config.repository, config.promoted, config.keep_versions)
@@ -496,10 +497,12 @@ def roll_back(folder: Path) -> int:
     """Serve the version before the served one again; returns its number.
 
     Raises:
-        ValueError: There is no earlier version in the repository.
+        ValueError: There is no such model, or no earlier version of it.
     """
     served = served_version(folder)
-    earlier = [version for version in _versions(folder) if served is None or version < served]
+    if served is None:
+        raise ValueError(f"{folder}: no such model to roll back; run python -m export.repository")
+    earlier = [version for version in _versions(folder) if version < served]
     if not earlier:
         raise ValueError(f"{folder}: no version before {served} to go back to")
     _serve(folder, max(earlier))

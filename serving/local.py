@@ -203,7 +203,8 @@ def _check_repository(repository: Path, models: Sequence[str]) -> None:
         )
 
 
-def _nvidia_driver_answers() -> bool:
+def nvidia_driver_answers() -> bool:
+    """Whether there is a GPU: without one, `configs/cpu.pbtxt` of a model goes before its own."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return False
@@ -443,7 +444,7 @@ class LocalTriton:
         return [(m["name"], m["version"]) for m in index if m.get("state") == "READY"]
 
     def peak_memory_mb(self) -> float:
-        """The most memory that the server and its backend processes have held, in MiB.
+        """The most memory that the server and its backend processes have held, in MB (1e6 bytes).
 
         The sum of their peaks of resident memory (`VmHWM`, proc_pid_status(5)) since the server
         started. It is an upper bound: pages that processes share are counted for each of them, and
@@ -459,7 +460,7 @@ class LocalTriton:
             peaks_kb = [int(re.findall(r"VmHWM:\s+(\d+) kB", text)[0]) for text in texts]
         except (OSError, IndexError) as error:  # an ended process has no peak
             raise LocalTritonError("Triton does not run, so it holds no memory") from error
-        return sum(peaks_kb) / 1024
+        return sum(peaks_kb) * 1024 / 1e6  # the kernel calls 1024 bytes a kB
 
     def check(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[str]:
         """Infer on every ready model; what is wrong, one sentence each, empty when all is well.
@@ -530,7 +531,7 @@ class LocalTriton:
             *(f"--load-model={name}" for name in self._models),
             # The exported configs are complete, and guessing costs each model a second.
             "--disable-auto-complete-config",
-            *([] if _nvidia_driver_answers() else ["--model-config-name=cpu"]),
+            *([] if nvidia_driver_answers() else ["--model-config-name=cpu"]),
             f"--backend-directory={backends}",
             f"--cache-directory={installation.server / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",

@@ -177,7 +177,14 @@ def batches_of(
     order: npt.NDArray[np.int64],
     batch_size: int,
 ) -> Any:
-    """One epoch for `keras.Model.fit`: (input, map) a batch, in the given order."""
+    """One epoch for `keras.Model.fit`: (input, map) a batch.
+
+    Args:
+        inputs: (N, ...), what the trained part of the student reads.
+        maps: float32 (N, 14, 14, C), the teacher's.
+        order: int64 (N,), the scans in the order in which batches are filled.
+        batch_size: Scans in a batch; the last one holds what is left.
+    """
     import keras
 
     class Batches(keras.utils.PyDataset):  # type: ignore[misc]
@@ -199,10 +206,15 @@ def teach(
     run: Run,
     policy: str,
 ) -> list[dict[str, float]]:
-    """Train `student` in place on what the teacher answered, computing by the Keras dtype `policy`.
+    """Train `student` in place on what the teacher answered; the rows of its history.
 
-    Returns:
-        The rows of its history, one an epoch.
+    Args:
+        student: From `training.prune.pruned`.
+        lessons: Epochs take them in turn.
+        valid: The validation scans and the teacher's maps of them, float32 (N, 14, 14, C).
+        config: How it is trained.
+        run: Gets the scores of each epoch.
+        policy: The Keras dtype policy that it is trained under.
     """
     import keras
 
@@ -293,9 +305,7 @@ def distill(config: DistillConfig) -> list[Path]:
         with tracked_run(f"student-{name}") as run:
             run.log_params({"widths": list(widths), "teacher": facts.run})
             run.log_params({f"distill.{key}": value for key, value in _settings(config).items()})
-            student = pruned(
-                teacher, tuple(widths), train.pixels[np.sort(chosen)], seed=config.seed
-            )
+            student = pruned(teacher, tuple(widths), train.pixels[chosen], seed=config.seed)
             pruned_s = time.monotonic() - started
             history = teach(student, lessons, (valid, valid_maps), config, run, policy)
             final, student_facts = _calibrated(student, facts, train, valid, config, run)

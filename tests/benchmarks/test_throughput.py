@@ -88,7 +88,8 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PERF_ANALYZER", "no-such-command")
     monkeypatch.chdir(published.folder)
     (tmp_path / "throughput.yaml").write_text(
-        f"scans: {published.scans}\nvariants: {{int8: results/int8, compressed: nowhere}}\n"
+        f"scans: {published.scans}\nsplit: {published.split}\nmost_scored: 8\n"
+        "variants: {int8: results/int8, compressed: nowhere}\n"
         "concurrency: [1, 4]\nseconds: 0.2\nwarm_up_s: 0.1\npasses: 1\nnum_files: 6\n"
         "file_passes: 1\nbatch_size: 4\n"
     )
@@ -110,9 +111,18 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
         "keras_predict", "keras_compiled", "int8",
     ]  # fmt: skip
     assert result["files"]["num_files"] == 6
-    assert result["perf_analyzer"] == "not installed"
-    assert "compressed" in result["not_measured"]
+    assert result["scored_on"].startswith("8 test scans of ")
+    scores = [row["macro_auroc"] for row in (*result["files"]["rows"], *result["rows"])]
+    assert scores == [scores[0]] * 11  # `int8` is the same network here
+    assert scores[0]["low"] <= scores[0]["value"] <= scores[0]["high"]
+    assert result["perf_analyzer"] == []
+    assert result["not_measured"].keys() == {"compressed", "perf_analyzer"}
     assert output.with_suffix(".md").read_text() == markdown(result) == capsys.readouterr().out
+    about = {"model": "chestct_int8", "concurrency": 4}
+    figures = {"stable": True, "scans_per_s": 9.06, "p50_ms": 110.04, "p99_ms": 250.0}
+    result["perf_analyzer"] = [about | figures, about | {"concurrency": 16, "stable": False}]
+    assert "| chestct_int8 | 4 | 9.1 | 110.0 | 250.0 |" in markdown(result)
+    assert "| chestct_int8 | 16 | not stable | | |" in markdown(result)
 
 
 def test_nothing_served_is_one_line(published, monkeypatch, tmp_path, capsys):

@@ -135,6 +135,21 @@ def test_requests_under_way_at_once(
     assert under_way == [0, most]
 
 
+def test_each_processor_decodes_a_file(
+    client: ScanClient, scan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(3, timeout=30)  # breaks where fewer are decoded at once
+
+    def load_together(path: Path, window: Window) -> np.ndarray:
+        together.wait()
+        return load_scan(path, window)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("chestct.batch.load_scan", load_together)
+    lines = list(classify_paths(client, [scan_folder / "0 (1).png"] * 6, batch_size=3))
+    assert [line["status"] for line in lines] == ["ok"] * 6
+
+
 def test_dicom_is_shown_in_the_window_of_the_model(
     grpc_peer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

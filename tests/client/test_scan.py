@@ -24,6 +24,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLSLossless,
@@ -293,6 +294,25 @@ def test_every_stored_value_is_shown_as_the_formula_says(
     np.testing.assert_array_equal(inverted, 255 - expected)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32])
+def test_byte_order_of_the_file_makes_no_difference(
+    grey: Callable[..., np.ndarray], dtype: type
+) -> None:
+    stored = np.random.default_rng(6).integers(0, 1400, (64, 48)).astype(dtype)
+    elements = {"RescaleIntercept": -1300, "PixelPaddingValue": int(stored[0, 0])}
+    expected = grey(dicom_bytes(stored, **elements))
+    swapped = stored.astype(np.dtype(dtype).newbyteorder(">"))
+    dataset = pydicom.dcmread(io.BytesIO(dicom_bytes(swapped, **elements)))
+    dataset["PixelData"].VR = "OW"
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    file = io.BytesIO()
+    pydicom.dcmwrite(
+        file, dataset, implicit_vr=False, little_endian=False, enforce_file_format=True
+    )
+    assert expected.std() > 30
+    np.testing.assert_array_equal(grey(file.getvalue()), expected)
+
+
 def test_modality_table_of_the_file_is_used(grey: Callable[..., np.ndarray]) -> None:
     table = np.random.default_rng(4).integers(0, 900, 200)
     entry = pydicom.Dataset()
@@ -439,6 +459,20 @@ def test_threads_leave_the_warning_filters_alone() -> None:
     for thread in threads:
         thread.join(timeout=30)
     assert warnings.filters == before
+
+
+def test_warnings_are_silent_until_the_last_thread_is_done() -> None:
+    def come_and_go() -> None:
+        with scan._without_warnings:
+            pass
+
+    with scan._without_warnings:
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        thread.join(timeout=30)
+        warnings.warn("unheard", stacklevel=1)
+    with pytest.raises(UserWarning, match="heard"):
+        warnings.warn("heard", stacklevel=1)
 
 
 def test_threads_decode_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

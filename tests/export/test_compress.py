@@ -80,6 +80,7 @@ def test_the_fastest_student_within_the_gate_is_written(config):
     assert tuple(kernel.dims[0] for kernel in kernels) == SMALLER
     facts = json.loads((output / "facts.json").read_text())
     assert facts["precision"] == "int8"
+    assert {item.key: item.value for item in written.metadata_props}.items() >= facts.items()
     curve = json.loads((output / "curve.json").read_text())
     by_name = {point["name"]: point for point in curve["points"]}
     assert [name for name, point in by_name.items() if point["chosen"]] == ["smaller"]

@@ -175,6 +175,8 @@ def test_variant_for_tensorrt_has_its_own_precision_and_no_report_yet(config):
     facts = ModelFacts.from_parameters(json.loads((config.output / "facts.json").read_text()))
     source = ModelFacts.from_parameters(json.loads(config.onnx.with_name("facts.json").read_text()))
     assert facts == replace(source, precision="fp16")
+    metadata = {i.key: i.value for i in onnx.load(config.output / "model.onnx").metadata_props}
+    assert metadata.items() >= facts.to_parameters().items()
     assert not (config.output / "parity.json").exists()
 
 

@@ -237,7 +237,7 @@ def test_folder_without_scans_is_one_line(variants, tmp_path, capsys):
 def test_variant_without_facts_is_one_line(variants, config, tmp_path, capsys):
     shutil.copy(variants / "int8" / "model.onnx", tmp_path)
     assert main(["--config", str(config), "--variant", str(tmp_path)]) == 1
-    assert "facts.json: no such file; export the variant first" in capsys.readouterr().err
+    assert "facts.json: no such file; make the variant first" in capsys.readouterr().err
 
 
 # Ten labelled scans of two classes in five groups. The reference is right on all but the last,

@@ -140,6 +140,8 @@ def test_roll_back_serves_the_version_before(config):
     assert (folder / "config.pbtxt").read_text() == first
     with pytest.raises(ValueError, match="no version before 1 to go back to"):
         roll_back(folder)
+    with pytest.raises(ValueError, match=r"no such model to roll back; run python -m export"):
+        roll_back(folder / "absent")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from chestct.client import ScanClient
+from chestct.errors import InferenceTimeoutError
 from serving import local
 from serving.local import LocalTriton, LocalTritonError, find_installation, main
 
@@ -179,7 +180,7 @@ def test_openvino_runs_without_onnxruntime_in_its_memory(server: LocalTriton) ->
 def test_peak_memory_is_that_of_the_server_and_its_backend_processes(server: LocalTriton) -> None:
     def peak_mb(pid: int) -> float:
         (line,) = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-        return int(line) / 1024
+        return int(line) * 1024 / 1e6
 
     pids = [server.pid, *children(server.pid)]
     assert len(pids) == 8  # six models, one of them with two instances
@@ -258,6 +259,25 @@ def test_threads_have_a_region_each(server: LocalTriton, scans: np.ndarray) -> N
             np.testing.assert_allclose(found.probabilities, expected[place % 8 :], rtol=1e-5)
         assert 1 <= len(registered_regions(server)) <= 4
     assert registered_regions(server) == []
+
+
+def test_region_of_a_request_that_failed_carries_no_other(
+    server: LocalTriton, scans: np.ndarray
+) -> None:
+    """The server may still be reading the scans of a request that its client has given up."""
+    with client_of(server, "grpc", shared_memory="on") as client:
+        expected = client.classify(scans).probabilities
+        (before,) = registered_regions(server)
+        client.timeout_s = 1e-5
+        with pytest.raises(InferenceTimeoutError):
+            client.classify(scans)
+        client.timeout_s = 30.0
+        np.testing.assert_array_equal(client.classify(scans).probabilities, expected)
+        assert len(registered_regions(server)) == 2
+        assert not Path("/dev/shm", before).exists()
+    assert registered_regions(server) == [before]
+    url = f"{server.http_url}/v2/systemsharedmemory/region/{before}/unregister"
+    urllib.request.urlopen(url, data=b"", timeout=5).close()
 
 
 @pytest.fixture(scope="module")

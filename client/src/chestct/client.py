@@ -264,9 +264,8 @@ class _Session:
         self._wire_timeout_s = timeout_s
         self._shares_memory = shared_memory != "off"
         self._needs_memory = shared_memory == "on"
-        self._idle_regions: list[
-            Region
-        ] = []  # one for each request that was ever under way at once
+        # One for each request that was ever under way at once.
+        self._idle_regions: list[Region] = []
 
     @property
     def facts(self) -> ModelFacts:

@@ -480,6 +480,7 @@ def _stored_values(dataset: Dataset, name: str) -> npt.NDArray[Any]:
         )
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
+        stored: npt.NDArray[Any]
         stored, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=True)
     except Exception as error:
         if not syntax.is_compressed:
@@ -494,8 +495,7 @@ def _stored_values(dataset: Dataset, name: str) -> npt.NDArray[Any]:
         raise ScanDecodeError(
             f"{name}: pixels compressed as {syntax.name} cannot be decoded here. {remedy}."
         ) from error
-    native: npt.NDArray[Any] = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    return native
+    return stored
 
 
 def _padding(dataset: Dataset, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
