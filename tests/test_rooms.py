@@ -62,9 +62,9 @@ def test_imports_stay_within_the_rooms(room, file):
 def test_importing_a_module_does_not_load_the_heavy_packages():
     """--help answers at once, and a missing GPU library breaks only what needs it."""
     code = (
-        "import sys, training.fit, training.evaluate, training.distill, export.onnx, "
-        "export.engine, export.compress, export.repository, serving.local, benchmarks.latency, "
-        "benchmarks.throughput; "
+        "import sys, training.card, training.fit, training.evaluate, training.distill, "
+        "export.onnx, export.engine, export.compress, export.repository, serving.local, "
+        "benchmarks.latency, benchmarks.throughput; "
         "heavy = {'tensorflow', 'keras', 'mlflow', 'onnx', 'openvino', 'tensorrt'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -83,6 +83,7 @@ def test_every_config_fits_its_dataclass():
     from export.parity import ParityConfig
     from export.quantize import QuantizeConfig
     from export.repository import ServeConfig
+    from training.artefacts import CardConfig
     from training.audit import AuditConfig
     from training.config import load_config
     from training.crossvalidate import CrossValidateConfig
@@ -95,6 +96,7 @@ def test_every_config_fits_its_dataclass():
 
     of_file = {
         "audit": AuditConfig,
+        "card": CardConfig,
         "compress": CompressConfig,
         "crossvalidate": CrossValidateConfig,
         "distill": DistillConfig,

@@ -17,8 +17,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.command import run_command
 
@@ -26,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "chestct"
 LOCAL_STORE = "sqlite:///mlflow.db"
+
+
+class RunRecord(NamedTuple):
+    """What the store holds of a run: parameters, tags, and when it began (UTC)."""
+
+    params: dict[str, str]
+    tags: dict[str, str]
+    begun: datetime
 
 
 class Run:
@@ -55,6 +64,12 @@ class Run:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags."""
         self._mlflow.set_tags(dict(tags))
+
+    def recorded(self) -> RunRecord:
+        """What the store holds of this run so far."""
+        run = self._mlflow.get_run(self.run_id)
+        begun = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+        return RunRecord(dict(run.data.params), dict(run.data.tags), begun)
 
 
 @contextmanager
