@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import statistics
 import sys
 import time
@@ -78,9 +79,10 @@ def compress(config: CompressConfig) -> str | None:
     """Quantize every student, compare it with the full network, and write the fastest allowed one.
 
     The variant's folder is replaced in one step. It holds `curve.json` and `curve.md`, and, if a
-    student keeps within the gate on the validation scans, its `model.onnx` and `facts.json`, and
-    the `parity.json` of both CPU engines. Latency is that of OpenVINO in this process, batch 1,
-    all models in turn. The full network in INT8 is a point of the curve, not a choice.
+    student keeps within the gate on the validation scans, its `model.onnx`, `facts.json` and
+    `student.json`, which names its teacher, and the `parity.json` of both CPU engines. Latency is
+    that of OpenVINO in this process, batch 1, all models in turn. The full network in INT8 is a
+    point of the curve, not a choice.
 
     Returns:
         The name of the chosen student; None if none keeps within the gate.
@@ -128,6 +130,7 @@ def compress(config: CompressConfig) -> str | None:
             if candidate.name == chosen:
                 candidate.onnx.rename(output / "model.onnx")
                 write_json(output / "facts.json", candidate.facts.to_parameters())
+                shutil.copyfile(config.students / chosen / "student.json", output / "student.json")
             else:
                 candidate.onnx.unlink()
     if chosen:

@@ -54,6 +54,8 @@ class Settings:
         workspace_mb: Memory that `onnxruntime-tensorrt` may use while it builds and runs.
         cuda_graphs: Replay the kernel launches of a `tensorrt-plan` at the batch sizes of
             `warm_up`. A graph is recorded for one shape; other batch sizes run without.
+        card: Summary of the model card, `summary.json` of `training.card`; it becomes a parameter
+            of each model, and is left out where the file is not there.
     """
 
     max_batch_size: int = 32
@@ -63,6 +65,7 @@ class Settings:
     tensorrt_cache: Path = Path("/var/cache/chestct/tensorrt")
     workspace_mb: int = 2048
     cuda_graphs: bool = False
+    card: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that Triton would refuse later.
@@ -344,8 +347,8 @@ def write_repository(config: RepositoryConfig) -> int:
     own config inside, for a rollback. Publishing the served model again changes nothing.
 
     Raises:
-        ValueError: No model, parity does not hold for it, it breaks the contract, or its plan was
-            built from another file or for smaller batches.
+        ValueError: No model, parity does not hold for it, it breaks the contract, its card is of
+            another run, or its plan was built from another file or for smaller batches.
         OSError: The repository cannot be written; it is as it was.
     """
     import onnx
@@ -374,6 +377,7 @@ def write_repository(config: RepositoryConfig) -> int:
             "export.parity"
         )
     facts = ModelFacts.from_parameters(json.loads((config.model / "facts.json").read_text()))
+    facts = dataclasses.replace(facts, card=_card_of(config, facts))
     differences = contract_differences(onnx.load(config.onnx), len(facts.labels))
     if differences:
         raise ValueError(f"{config.onnx} breaks the contract: {'; '.join(differences)}")
@@ -404,6 +408,32 @@ def write_repository(config: RepositoryConfig) -> int:
         return found
 
     return _publish(config.repository / config.name, files, texts, config.keep_versions)
+
+
+def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
+    """The summary of the model's card as one line of JSON, empty where there is none.
+
+    Raises:
+        ValueError: It is no card, or that of another run.
+    """
+    if config.card is None:
+        return ""
+    if not config.card.is_file():
+        logger.info("%s has no model card: %s is not there", config.name, config.card)
+        return ""
+    try:
+        card = json.loads(config.card.read_text(encoding="utf-8"))
+        run = card["run"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{config.card}: no card; run python -m training.card again") from error
+    student = config.model / "student.json"
+    expected = json.loads(student.read_text())["teacher"] if student.is_file() else facts.run
+    if run != expected:
+        raise ValueError(
+            f"{config.card} is the card of run {run}, {config.model} is of run {expected}; run "
+            "python -m training.card again"
+        )
+    return json.dumps(card, separators=(",", ":"))
 
 
 def promote(repository: Path, variant: str, keep_versions: int = 2) -> int:

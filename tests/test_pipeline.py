@@ -31,7 +31,7 @@ SMALL = {
 }
 STAGES = [
     "ingest", "audit", "split", "train", "evaluate", "export",
-    "quantize", "distill", "compress", "publish", "benchmark",
+    "quantize", "distill", "compress", "card", "publish", "benchmark",
 ]  # fmt: skip
 
 
@@ -72,11 +72,17 @@ def test_pipeline_runs_once_and_then_has_nothing_to_do(clone):
     for file in (
         "results/audit/audit.json", "results/split/split.csv", "results/train/model.keras",
         "results/evaluate/report.md", "results/export/model.onnx", "results/benchmark/latency.json",
-        "results/compressed/curve.md", "model_repository/chestct/1/model.onnx",
+        "results/compressed/curve.md", "results/card/model_card.html",
+        "model_repository/chestct/1/model.onnx",
         "model_repository/chestct_int8/1/model.onnx",
         "model_repository/chestct_compressed/1/model.onnx",
     ):  # fmt: skip
         assert (clone / file).is_file(), file
+
+    card = json.loads((clone / "results/card/summary.json").read_text())
+    served = (clone / "model_repository" / "chestct" / "config.pbtxt").read_text()
+    assert 'key: "card"' in served
+    assert card["run"] in served
 
     status = run(clone, "git", "status", "--short").stdout
     second = run(clone, "dvc", "repro")

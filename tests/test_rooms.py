@@ -63,7 +63,7 @@ def test_imports_stay_within_the_rooms(room, file):
 def test_importing_a_module_does_not_load_the_heavy_packages():
     """--help answers at once, and a missing GPU library breaks only what needs it."""
     code = (
-        "import sys, training.compare_plots, training.distill, training.evaluate, "
+        "import sys, training.card, training.compare_plots, training.distill, training.evaluate, "
         "training.sweep, export.onnx, "
         "export.engine, export.compress, export.repository, serving.local, benchmarks.latency, "
         "benchmarks.throughput; "
@@ -85,6 +85,7 @@ def test_every_config_fits_its_dataclass():
     from export.parity import ParityConfig
     from export.quantize import QuantizeConfig
     from export.repository import ServeConfig
+    from training.artefacts import CardConfig
     from training.audit import AuditConfig
     from training.config import load_config
     from training.crossvalidate import CrossValidateConfig
@@ -98,6 +99,7 @@ def test_every_config_fits_its_dataclass():
 
     of_file = {
         "audit": AuditConfig,
+        "card": CardConfig,
         "compress": CompressConfig,
         "crossvalidate": CrossValidateConfig,
         "distill": DistillConfig,

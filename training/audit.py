@@ -31,6 +31,7 @@ from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import replaced, write_json
 from training.ingest import ScanFile, list_scan_folder, read_table
+from training.markdown import code, plain, table
 from training.metrics import NORMAL, auroc, wilson_interval
 from training.scans import SPLITS
 
@@ -407,11 +408,12 @@ def report(findings: Mapping[str, Any]) -> str:
     """The findings as Markdown for people."""
     lines = ["# Audit of the scans", ""]
     if findings.get("source"):
-        lines += [f"Source: `{findings['source']}`, data hash `{findings['data_hash'][:16]}`.", ""]
+        source, data_hash = code(findings["source"]), code(findings["data_hash"][:16])
+        lines += [f"Source: {source}, data hash {data_hash}.", ""]
     counts = findings["counts"]
     labels = sorted({label for by_label in counts.values() for label in by_label})
     lines += _table(
-        ["split", *labels],
+        ["split", *map(plain, labels)],
         [[split, *(by.get(label, 0) for label in labels)] for split, by in counts.items()],
     )
     lines += ["## Duplicates", ""]
@@ -434,7 +436,7 @@ def report(findings: Mapping[str, Any]) -> str:
         if any(cell["copied"] for row in shared.values() for cell in row.values()):
             lines += [f"Scans with a copy in another split, {title}:", ""]
             lines += _table(
-                ["split", *labels],
+                ["split", *map(plain, labels)],
                 [
                     [name, *(_share(row.get(label)) for label in labels)]
                     for name, row in shared.items()
@@ -443,9 +445,7 @@ def report(findings: Mapping[str, Any]) -> str:
     conflicts = duplicates["near"]["label_conflicts"]
     if conflicts:
         lines += ["### One picture, two labels", ""]
-        lines += [
-            f"- {', '.join(f'`{path}`' for path in paths)}" for paths in conflicts[:MOST_LISTED]
-        ]
+        lines += [f"- {', '.join(map(code, paths))}" for paths in conflicts[:MOST_LISTED]]
         if len(conflicts) > MOST_LISTED:
             lines.append(f"- and {len(conflicts) - MOST_LISTED} more in audit.json")
         lines.append("")
@@ -456,7 +456,7 @@ def report(findings: Mapping[str, Any]) -> str:
         ["class", *names, "median width", "median height", "mean grey"],
         [
             [
-                label,
+                plain(label),
                 *(by.get(name, 0) for name in names),
                 f"{formats['median_width_px'][label]:.0f}",
                 f"{formats['median_height_px'][label]:.0f}",
@@ -478,14 +478,14 @@ def report(findings: Mapping[str, Any]) -> str:
 def _report_brightness(brightness: Mapping[str, Any], majority: Mapping[str, Any]) -> list[str]:
     direction = "brighter" if brightness["brighter"] else "darker"
     lines = [
-        f"Mean grey: `{brightness['label']}` if {direction} than "
+        f"Mean grey: {code(brightness['label'])} if {direction} than "
         f"{brightness['threshold_grey']:.1f}, fitted on {brightness['fitted_n']} scans:",
         "",
     ]
     rows = []
     for name, result in brightness["measured"].items():
         if "not_measured" in result:
-            rows.append([name, "not measured", result["not_measured"], "", result["n"]])
+            rows.append([name, "not measured", plain(result["not_measured"]), "", result["n"]])
             continue
         rows.append(
             [
@@ -493,11 +493,11 @@ def _report_brightness(brightness: Mapping[str, Any], majority: Mapping[str, Any
                 f"{result['auroc']:.3f}",
                 _percent(result),
                 f"{100 * result['majority_accuracy']:.1f}%",
-                f"{result['n']} ({result['n_positive']} {brightness['label']})",
+                f"{result['n']} ({result['n_positive']} {plain(brightness['label'])})",
             ]
         )
     lines += _table(["measured on", "AUROC", "accuracy", "majority of the two", "n"], rows)
-    lines += [f"Always answering `{majority['label']}`, among all classes:", ""]
+    lines += [f"Always answering {code(majority['label'])}, among all classes:", ""]
     lines += _table(
         ["measured on", "accuracy", "n"],
         [[name, _percent(result), result["n"]] for name, result in majority["measured"].items()],
@@ -506,8 +506,7 @@ def _report_brightness(brightness: Mapping[str, Any], majority: Mapping[str, Any
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in lines] + [""]
+    return [*table(head, rows), ""]
 
 
 def _share(cell: Mapping[str, int] | None) -> str:

@@ -27,6 +27,7 @@ from training.protocols import (
 )
 from training.report import HEADLINE, draw_plots, report
 from training.scans import predict_outputs, read_split
+from training.shortcuts import check_shortcuts
 from training.split import SplitConfig
 from training.tracking import tracked_run
 
@@ -65,12 +66,14 @@ class Sources:
         external: Folder `CLASS/*` of another source; scored as normal against all else.
         foreign: Folder `KIND/*` of what is no axial chest-CT slice and should be rejected.
         chest: Folders of axial chest-CT slices from elsewhere, which should not.
+        boxes: Folder of DICOM slices with boxed tumours, for the pointing game.
     """
 
     grouped: Path | None = None
     external: Path | None = None
     foreign: Path | None = None
     chest: tuple[Path, ...] = ()
+    boxes: Path | None = None
 
 
 def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, Any]:
@@ -78,9 +81,9 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
 
     With an official split the first protocols are `official` and `official_without_duplicates`
     (test scans with a near-duplicate in train or valid left out); with a grouped split,
-    `grouped`. Writes `metrics.json`, `scores.json` (the headline numbers), `report.md`,
-    `predictions.csv` and plots into `config.output`, replaced in one step, and logs them to the
-    training's MLflow run.
+    `grouped`. On the test scans the shortcuts are checked too. Writes `metrics.json`,
+    `scores.json` (the headline numbers), `report.md`, `predictions.csv` and plots into
+    `config.output`, replaced in one step, and logs them to the training's MLflow run.
 
     Returns:
         The content of `metrics.json`.
@@ -112,6 +115,7 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
         "intervals": "95 %, bootstrap over groups; of a proportion that is 0 or 1 Wilson over "
         "groups",
         "protocols": {protocol.name: protocol.scores() for protocol in protocols},
+        "shortcuts": check_shortcuts(model, facts, test, sources.boxes),
     }
     if sources.foreign is not None:
         paths = [config.scans / path for path in test.paths]
@@ -214,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--chest", type=Path, nargs="+", default=[], help="more axial chest slices, with --foreign"
     )
+    parser.add_argument("--boxes", type=Path, help="folder of DICOM slices with boxed tumours")
     parser.add_argument("--group-file", type=Path, help="instead of the split config's")
     parser.add_argument("--group-columns", nargs="+", help="instead of the split config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")
@@ -238,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
             external=arguments.external,
             foreign=arguments.foreign,
             chest=tuple(arguments.chest),
+            boxes=arguments.boxes,
         )
         sys.stdout.write(report(evaluate(config, sources)))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from training.markdown import plain, table
 from training.metrics import auroc
 from training.protocols import Protocol
 
@@ -25,6 +26,7 @@ HEADLINE = {
     "brier": "Brier",
     "calibration_error": "ECE",
 }
+RANGE = ("value", "low", "high")  # the keys of a score
 OPERATING_POINTS = {
     "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
     "specificity_at_95_sensitivity": "specificity at 95 % sensitivity",
@@ -35,15 +37,9 @@ def report(metrics: Mapping[str, Any]) -> str:
     """The content of `metrics.json` as Markdown, all protocols side by side, then one by one."""
     protocols = metrics["protocols"]
     lines = ["# Evaluation", "", f"Run `{metrics['run']}`. Intervals: {metrics['intervals']}.", ""]
-    lines += table(["protocol", "n", "groups", "answered by", *HEADLINE.values()], [
-        [protocol if who == "model" else "", answers[who]["n"] if who == "model" else "",
-         answers[who]["groups"] if who == "model" else "", who,
-         *(interval(answers[who].get(key)) for key in HEADLINE)]
-        for protocol, answers in protocols.items()
-        for who in answered_by(answers)
-    ])  # fmt: skip
+    lines += side_by_side(protocols)
     for protocol, answers in protocols.items():
-        lines += ["", f"## {protocol}", "", *class_table(answers["model"])]
+        lines += ["", f"## {plain(protocol)}", "", *class_table(answers["model"])]
         points = [
             f"{text}: {interval(answers['model'][key])}"
             for key, text in OPERATING_POINTS.items() if key in answers["model"]
@@ -59,6 +55,16 @@ def report(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def side_by_side(protocols: Mapping[str, Any]) -> list[str]:
+    """The scores of all protocols, the model's and those of the baselines, as lines of a table."""
+    return table(["protocol", "n", "groups", "answered by", *HEADLINE.values()], [
+        [plain(protocol), answers[who]["n"], answers[who]["groups"], who,
+         *(interval(answers[who].get(key)) for key in HEADLINE)]
+        for protocol, answers in protocols.items()
+        for who in answered_by(answers)
+    ])  # fmt: skip
+
+
 def answered_by(answers: Mapping[str, Any]) -> list[str]:
     """Who answered: the keys of a protocol that hold scores."""
     return [who for who, found in answers.items() if isinstance(found, dict) and "groups" in found]
@@ -67,22 +73,24 @@ def answered_by(answers: Mapping[str, Any]) -> list[str]:
 def class_table(scores: Mapping[str, Any]) -> list[str]:
     """Sensitivity, specificity and AUROC of each class, as lines of a Markdown table."""
     return table(["class", "n", "groups", "sensitivity", "specificity", "AUROC"], [
-        [name, found["n"], found["groups"],
+        [plain(name), found["n"], found["groups"],
          *(interval(found[key]) for key in ("sensitivity", "specificity", "auroc"))]
         for name, found in scores["classes"].items()
     ])  # fmt: skip
 
 
-def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def interval(number: Mapping[str, float] | None) -> str:
-    """A value with its interval, or a dash where it is undefined."""
-    if number is None or number["value"] is None or math.isnan(number["value"]):
+def interval(number: Mapping[str, float | None] | None) -> str:
+    """A value with its interval, or a dash where it is undefined; JSON has None for NaN."""
+    value, low, high = (_defined(number.get(key) if number else None) for key in RANGE)
+    if value is None:
         return "-"
-    return f"{number['value']:.3f} ({number['low']:.3f} to {number['high']:.3f})"
+    if low is None or high is None:
+        return f"{value:.3f} (no interval)"
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _defined(number: float | None) -> float | None:
+    return None if number is None or math.isnan(number) else number
 
 
 def draw_plots(folder: Path, protocols: Sequence[Protocol], metrics: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.command import run_command
 
@@ -32,6 +33,14 @@ LOCAL_STORE = "sqlite:///mlflow.db"
 FOLD_TAG = "fold"  # of the runs that a cross-validation is made of
 
 _tags_of_new_runs: ContextVar[Mapping[str, str] | None] = ContextVar("tags", default=None)
+
+
+class RunRecord(NamedTuple):
+    """What the store holds of a run: parameters, tags, and when it began (UTC)."""
+
+    params: dict[str, str]
+    tags: dict[str, str]
+    begun: datetime
 
 
 class Run:
@@ -76,6 +85,12 @@ class Run:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags."""
         self._mlflow.set_tags(dict(tags))
+
+    def recorded(self) -> RunRecord:
+        """What the store holds of this run so far."""
+        run = self._mlflow.get_run(self.run_id)
+        begun = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+        return RunRecord(dict(run.data.params), dict(run.data.tags), begun)
 
 
 def store_address() -> str:

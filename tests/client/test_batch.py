@@ -140,12 +140,12 @@ def test_each_processor_decodes_a_file(
 ) -> None:
     together = threading.Barrier(3, timeout=30)  # breaks where fewer are decoded at once
 
-    def load_together(path: Path, window: Window) -> np.ndarray:
+    def inspect_together(path: Path, window: Window) -> Scan:
         together.wait()
-        return load_scan(path, window)
+        return inspect_scan(path, window)
 
     monkeypatch.setattr("os.cpu_count", lambda: 3)
-    monkeypatch.setattr("chestct.batch.load_scan", load_together)
+    monkeypatch.setattr("chestct.batch.inspect_scan", inspect_together)
     lines = list(classify_paths(client, [scan_folder / "0 (1).png"] * 6, batch_size=3))
     assert [line["status"] for line in lines] == ["ok"] * 6
 

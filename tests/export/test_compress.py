@@ -39,6 +39,7 @@ def config(trained, exported, tmp_path_factory) -> CompressConfig:
         (folder / "students" / name).mkdir(parents=True)
         student.save(folder / "students" / name / "model.keras")
         write_json(folder / "students" / name / "facts.json", facts.to_parameters())
+        write_json(folder / "students" / name / "student.json", {"run": name, "teacher": facts.run})
     parity = {
         "variant": folder / "compressed",
         "reference": exported.parent,
@@ -74,6 +75,7 @@ def test_the_fastest_student_within_the_gate_is_written(config):
     output = config.parity.with_name("compressed")
     loose = dataclasses.replace(config, parity=config.parity.with_name("loose.yaml"))
     assert compress(loose) == "smaller"
+    assert json.loads((output / "student.json").read_text())["run"] == "smaller"
     written = onnx.load(output / "model.onnx")
     assert contract_differences(written, 4) == []
     kernels = [i for i in written.graph.initializer if i.name.endswith("_weights")]

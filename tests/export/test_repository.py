@@ -11,7 +11,7 @@ import yaml
 
 import training.files
 from chestct.client import ScanClient
-from chestct.contract import ModelFacts, input_spec, output_specs
+from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
 from export.engine import PlanRecord
 from export.onnx import sha256_of
 from export.repository import (
@@ -40,6 +40,7 @@ FACTS = ModelFacts.from_parameters(
         "temperature": "1.5",
         "domain_threshold": "30.0",
         "input_size": "224",
+        "preparation": PREPARATION,
         "training_run": "r",
         "data_hash": "d",
         "precision": "fp16",

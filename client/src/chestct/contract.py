@@ -101,6 +101,8 @@ class ModelFacts:
         run: Identifier of the training run.
         data_hash: SHA-256 of the training scans.
         precision: `fp32`, `fp16` or `int8`.
+        card: Summary of the model card, JSON; empty where none was published. Its `run` is that
+            of the network whose scores it holds: for a compressed model, of its teacher.
     """
 
     labels: tuple[str, ...]
@@ -110,6 +112,7 @@ class ModelFacts:
     run: str
     data_hash: str
     precision: str = "fp32"
+    card: str = ""
 
     def __post_init__(self) -> None:
         """Refuse facts that no model can have.
@@ -137,6 +140,7 @@ class ModelFacts:
             "training_run": self.run,
             "data_hash": self.data_hash,
             "precision": self.precision,
+            **({"card": self.card} if self.card else {}),
         }
 
     @classmethod
@@ -178,7 +182,8 @@ class ModelFacts:
         run, data_hash, precision = read("training_run"), read("data_hash"), read("precision")
         if wrong:
             raise ValueError("; ".join(wrong))
-        return cls(labels, Window(center, width), temperature, threshold, run, data_hash, precision)
+        window, card = Window(center, width), parameters.get("card", "")
+        return cls(labels, window, temperature, threshold, run, data_hash, precision, card)
 
 
 def tensor_differences(
