@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -75,10 +76,14 @@ def _require_split_of_run(found: Artefacts, known: RunRecord | None, file: Path)
 def main(argv: list[str] | None = None) -> int:
     """Write the model card and the data card of the trained model."""
     parser = command_parser("training.card", main.__doc__, "configs/card.yaml")
+    parser.add_argument("--evaluate", type=Path, help="instead of the config's")
     arguments = parser.parse_args(argv)
 
     def work() -> None:
-        content = write_cards(load_config(CardConfig, arguments.config))
+        config = load_config(CardConfig, arguments.config)
+        if arguments.evaluate:
+            config = dataclasses.replace(config, evaluate=arguments.evaluate)
+        content = write_cards(config)
         sys.stdout.write(json.dumps(content) + "\n")
 
     return run_command(work)
