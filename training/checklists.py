@@ -24,7 +24,7 @@ def claim_2024(found: Artefacts, config: CardConfig) -> list[str]:
         ("1", "kind of AI named", DONE, _here("At a glance")),
         ("2", "summary", DONE, _here("At a glance")),
         ("3", "background and role", PARTLY, f"{_here('Intended use')}; no clinical background"),
-        ("4", "aims and hypotheses", PARTLY, f"{_here('Intended use')}; no hypothesis was set"),
+        ("4", "aims and hypotheses", PARTLY, f"{_here('Intended use')}; no hypothesis is known"),
         ("5", "prospective or retrospective", DONE, "retrospective: the scans were there before"),
         ("6", "goal of the study", DONE, "to make a classifier and measure it"),
         ("7", "data sources", *source),
@@ -46,7 +46,7 @@ def claim_2024(found: Artefacts, config: CardConfig) -> list[str]:
         ("19", "assignment to partitions", DONE, _data("What the split does about it")),
         ("20", "level at which partitions are apart", DONE, "groups of copies and series, with "
          f"what they share counted, {_data('What the split does about it')}; not patients"),
-        ("21", "intended sample size", LACKING, "none was calculated; all scans were used"),
+        ("21", "intended sample size", LACKING, "no calculation is known; all scans are used"),
         ("22", "description of the model", DONE, _here("Model")),
         ("23", "software", DONE, _here("Environment")),
         ("24", "initial parameters", DONE, _here("Licences")),
@@ -62,7 +62,7 @@ def claim_2024(found: Artefacts, config: CardConfig) -> list[str]:
             else "whether it points at disease was not checked")),
         ("32", "internal testing", DONE, _here("Protocols")),
         ("33", "external testing", *external),
-        ("34", "trial registration", IDLE, "no trial"),
+        ("34", "trial registration", IDLE, "no trial is known"),
         ("35", "numbers included and excluded", PARTLY, f"scans, {_data('Source')}; patients are "
          "not known"),
         ("36", "demographics in each partition", *population),
@@ -73,7 +73,7 @@ def claim_2024(found: Artefacts, config: CardConfig) -> list[str]:
         ("40", "limitations", DONE, _here("Limitations")),
         ("41", "implications for practice", DONE, f"none: research only, {_here('Intended use')}"),
         ("42", "protocol and technical details", PARTLY, f"commit and settings, "
-         f"{_here('Environment')}, {_here('Training')}; no protocol was written before"),
+         f"{_here('Environment')}, {_here('Training')}; no protocol written before is known"),
         ("43", "availability of code, model, data", DONE, _here("Licences")),
         ("44", "funding", *_stated(config.funding)),
     ]  # fmt: skip
@@ -109,7 +109,7 @@ def tripod_ai(found: Artefacts, config: CardConfig) -> list[str]:
         ("9a", "choice of predictors", IDLE, "the pixels of one slice are the only input"),
         ("9b", "definition of predictors", DONE, _data("How a scan is prepared")),
         ("9c", "assessors of predictors", IDLE, "pixels need no reader"),
-        ("10", "sample size", LACKING, "none was calculated; all scans were used"),
+        ("10", "sample size", LACKING, "no calculation is known; all scans are used"),
         ("11", "missing data", DONE, f"broken files are left out and listed, {_data('Source')}"),
         ("12a", "use of the data", DONE, _data("What the split does about it")),
         ("12b", "handling of predictors", DONE, _here("Model")),
@@ -128,11 +128,11 @@ def tripod_ai(found: Artefacts, config: CardConfig) -> list[str]:
         ("17", "ethical approval", *ethics),
         ("18a", "funding", *_stated(config.funding)),
         ("18b", "conflicts of interest", LACKING, "not stated"),
-        ("18c", "protocol", LACKING, "none was written before"),
-        ("18d", "registration", LACKING, "not registered"),
+        ("18c", "protocol", LACKING, "none written before is known"),
+        ("18d", "registration", LACKING, "none is known"),
         ("18e", "data sharing", DONE, _here("Licences")),
         ("18f", "code sharing", DONE, f"{_here('Licences')}, {_here('Environment')}"),
-        ("19", "patients and public", LACKING, "nobody was involved"),
+        ("19", "patients and public", LACKING, "not stated"),
         ("20a", "flow of participants", PARTLY, f"scans, not persons, {_data('Composition')}"),
         ("20b", "characteristics", *population),
         ("20c", "development against evaluation data", PARTLY, f"class counts, formats and grey "
@@ -145,9 +145,10 @@ def tripod_ai(found: Artefacts, config: CardConfig) -> list[str]:
         ("24", "updating: results", DONE, f"before and after, {_here('Calibration')}"),
         ("25", "interpretation", PARTLY, f"{_here('Limitations')}; fairness was not measured"),
         ("26", "limitations", DONE, _here("Limitations")),
-        ("27a", "poor or unusual input", *_check(found, "domain", "Out of domain")),
+        ("27a", "poor or unusual input", DONE if found.metrics.get("domain") else PARTLY, "a file "
+         f"that does not decode is refused, an unlike scan is flagged, {_here('Out of domain')}"),
         ("27b", "what users must do", DONE, f"name a file; {_here('Intended use')}"),
-        ("27c", "next steps", LACKING, "none are planned in this card"),
+        ("27c", "next steps", LACKING, "not stated"),
     ]  # fmt: skip
     return [
         "Transparent reporting of a prediction model, with AI (Collins et al., BMJ "

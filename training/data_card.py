@@ -51,7 +51,7 @@ def data_card(found: Artefacts, config: CardConfig) -> str:
         "Contact": [stated(config.contact)],
     }
     lines = ["# Data card", "", f"> {NOT_A_MEDICAL_DEVICE}", ""]
-    lines += ["What was trained on it stands in the [model card](model_card.md)."]
+    lines += ["The model that was made of it: [model card](model_card.md)."]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     return "\n".join(lines) + "\n"

@@ -29,9 +29,8 @@ from training.tracking import RunRecord
 from training.weights import BRAIN_MRI_REQUIREMENT
 
 NOT_STATED = "Not stated."
-NOT_MEASURED = "Not measured."
 NOT_RECORDED = "not recorded"
-# The first of these that was scored stands for the model: the one that flatters it least.
+# The first of these that was scored stands for the model: the strictest comes first.
 SUMMARY_PROTOCOLS = (
     "grouped_distinct", "grouped", "grouped_without_duplicates", "official_without_duplicates",
 )  # fmt: skip
@@ -125,6 +124,8 @@ def model_card(found: Artefacts, config: CardConfig, run: RunRecord | None) -> s
             "- Code: Apache-2.0.",
             f"- Starting weights: {weights_in_words(found.training['weights'])}.",
             f"- Scans: {licence_in_words(found, config)}",
+            "- Trained weights: made from both of these. They lie in the tracking store and in the "
+            "model repository; the pipeline publishes them nowhere else.",
         ],
         "Contact": [stated(config.contact)],
         "CLAIM 2024": claim_2024(found, config),
@@ -215,18 +216,18 @@ def data_faults(found: Artefacts) -> list[str]:
                 f"{result['auroc']:.3f} ({plain(where)}, n = {result['n']})."
             )
     for key, title in (
-        ("overlaps", "a group of copies"),
-        ("overlaps_with_series", "a group of copies or a series"),
+        ("overlaps", "a copy or near copy"),
+        ("overlaps_with_series", "a copy, near copy or slice of their series"),
     ):
         shown = ", ".join(f"{count} {pair}" for pair, count in split[key].items() if count)
-        lines.append(f"- Scans of this split whose {title} lies on two sides: {shown or 'none'}.")
+        lines.append(f"- Scans with {title} on another side of this split: {shown or 'none'}.")
     return lines
 
 
 def check_lines(metrics: Mapping[str, Any], key: str) -> list[str]:
     """What a further check of `training.evaluate` found, as lines below a heading of level two."""
     if not metrics.get(key):
-        return [NOT_MEASURED]
+        return [f"Not measured: `metrics.json` holds no {code(key)}."]
     return demoted(CHECKS[key](metrics[key]), 1)
 
 
@@ -263,8 +264,8 @@ def _at_a_glance(found: Artefacts, run: RunRecord | None) -> list[str]:
         ["training scans", f"SHA-256 {code(facts.data_hash)}"],
         ["source of the scans", source_in_words(found)],
         ["starting weights", weights_in_words(found.training["weights"])],
-        ["protocol that flatters least", f"{plain(name)}, n = {scores['n']}, {scores['groups']} "
-         "groups"],
+        ["strictest protocol that was scored", f"{plain(name)}, n = {scores['n']}, "
+         f"{scores['groups']} groups. {protocol_in_words(name, found)}"],
         ["balanced accuracy", interval(scores["balanced_accuracy"])],
         ["macro AUROC", interval(scores["macro_auroc"])],
         ["calibration error", interval(scores["calibration_error"])],
@@ -314,8 +315,8 @@ def _training(found: Artefacts, run: RunRecord | None) -> list[str]:
         f"{counts['train']} scans trained, {counts['valid']} validated and {counts['test']} were "
         f"kept for the test ({plain(found.split['protocol'])} split). The head was fitted on fixed "
         "features; then "
-        + (f"the last convolutions were trained for {epochs} epochs and the weights of the last "
-           "ones averaged. " if epochs else "nothing else was trained. ")
+        + (f"the last convolutions were trained (epochs: {epochs}) and the weights of the last "
+           "epochs averaged. " if epochs else "nothing else was trained. ")
         + f"It took {found.training['seconds']:.0f} s.",
         "",
     ]  # fmt: skip
@@ -446,7 +447,7 @@ def _calibration(found: Artefacts) -> list[str]:
 def _failures(found: Artefacts, most: int) -> list[str]:
     lines = [
         f"The {most} scans of each protocol with the largest loss (negative logarithm of the true "
-        "class's probability), by path alone. Nobody has looked at why.",
+        "class's probability), by path alone. Why they fail is not known.",
     ]
     for name, answers in found.protocols.items():
         confusion = answers["model"]["confusion"]
@@ -515,7 +516,7 @@ def _limitations(found: Artefacts) -> list[str]:
         "pipeline keeps no patient identifiers: scans of one patient may lie on both sides.",
         "- Age, sex, origin and scanner are not recorded, so no score by subgroup and no measure "
         "of fairness exists.",
-        "- The labels are the names of folders; nobody has checked them here.",
+        "- The labels are the names of folders; the pipeline takes them as they are.",
         "- One network, one seed: how far another training of the same settings would differ is "
         "not measured.",
     ]
