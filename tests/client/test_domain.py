@@ -310,6 +310,11 @@ def test_annotations_and_a_cast_are_not_coloured(grey: np.ndarray) -> None:
     draw.line((20, 30, 200, 60), fill=(255, 0, 0), width=3)
     draw.text((5, 240), "R 512 mm", fill=(255, 255, 0))
     assert reasons_in_colour(picture) == []
+    large = Image.fromarray(grey).convert("RGB").resize((1024, 1024))
+    draw = ImageDraw.Draw(large)
+    for x in range(250, 850, 60):  # 10 thin lines, each 0.1 % of the picture
+        draw.line((x, 250, x, 750), fill=(255, 0, 0), width=2)
+    assert reasons_in_colour(large) == []
     cast = np.clip(np.stack([grey, grey, grey + np.int16(20)], axis=-1), 0, 255)
     assert reasons_in_colour(Image.fromarray(cast.astype(np.uint8))) == []
 
