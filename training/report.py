@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from training.domain import report_lines as domain_lines
 from training.markdown import plain, table
 from training.metrics import auroc
 from training.protocols import Protocol
+from training.shortcuts import report_lines as shortcut_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +54,9 @@ def report(metrics: Mapping[str, Any]) -> str:
             "",
             f"Calibration error before temperature {before:.3f}, after {after['value']:.3f}.",
         ]
+    lines += ["", "## Shortcuts", "", *shortcut_lines(metrics["shortcuts"])]
+    if "domain" in metrics:
+        lines += ["", "## Out of domain", "", *domain_lines(metrics["domain"])]
     return "\n".join(lines) + "\n"
 
 

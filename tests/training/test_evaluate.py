@@ -81,6 +81,8 @@ def test_report_names_n_and_intervals(evaluated):
     assert "| majority | 0.250 (" in text
     assert "sensitivity at 95 % specificity" in text
     assert "before temperature" in text
+    assert "## Shortcuts\n\n12 scans in 12 groups" in text
+    assert "## Out of domain" not in text  # nothing foreign was given
 
 
 def test_duplicates_of_training_scans_are_scored_apart(trained, tmp_path):

@@ -481,7 +481,9 @@ def _stored_values(dataset: Dataset, name: str) -> npt.NDArray[Any]:
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
         stored: npt.NDArray[Any]
-        stored, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=True)
+        # pydicom warns where a view cannot be had.
+        whole = dataset.get("BitsStored") == dataset.get("BitsAllocated")
+        stored, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=whole)
     except Exception as error:
         if not syntax.is_compressed:
             raise
