@@ -33,7 +33,7 @@ def checked(trained, tmp_path_factory):
 def test_every_source_is_counted(checked):
     assert {name: found["n"] for name, found in checked["accept"].items()} == {
         "test": 12,
-        "hospital": 2,
+        "hospital": 3,
     }
     counts = {name: found["n"] for name, found in checked["reject"].items()}
     assert counts == {"broken": 1, "photo": 2, "all": 3}
