@@ -6,6 +6,7 @@ The expected refusals are those of NVIDIA's native backend, word for word.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,7 @@ def test_settings_reach_onnxruntime(
     assert options.execution_mode == onnxruntime.ExecutionMode.ORT_PARALLEL
     assert options.intra_op_num_threads == 2
     assert options.enable_cpu_mem_arena is False
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert backend.tensor_facts(session.get_inputs()) == INPUTS
     assert backend.tensor_facts(session.get_outputs()) == OUTPUTS
 
@@ -266,6 +268,18 @@ def test_both_engines_see_and_calculate_the_same(
         np.testing.assert_allclose(first[name], answers[name], rtol=1e-5, atol=1e-6)
 
 
+def test_openvino_takes_the_threads_it_is_given_and_then_pins_none(
+    backend: ModuleType, tmp_path: Path, write_model: Callable[..., Path]
+) -> None:
+    """Two instances that pin their one thread each would share a core."""
+    pytest.importorskip("openvino", reason="needs the package openvino")
+    path = write_model(tmp_path, "chestct")
+    run, *_ = backend.openvino_engine(path, {"intra_op_num_threads": 1})
+    compiled = inspect.getclosurevars(run).nonlocals["request"].get_compiled_model()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
 def test_cpu_instance_ignores_gpu_accelerators(
     backend: ModuleType, model_config: dict[str, Any]
 ) -> None:
@@ -296,6 +310,28 @@ def test_gpu_instance_without_cuda_in_onnxruntime_is_refused(
     assert "install onnxruntime-gpu" in message(
         backend.execution_providers, model_config, "GPU", 0, ["CPUExecutionProvider"]
     )
+
+
+def test_gpu_instance_does_not_run_the_accelerator_of_cpus(
+    backend: ModuleType,
+    tmp_path: Path,
+    write_model: Callable[..., Path],
+    model_config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version_folder = write_model(tmp_path, "chestct").parent
+    config = with_accelerator(model_config, "cpu", {"name": "openvino"})
+    arguments = {
+        "model_config": json.dumps(config),
+        "model_repository": str(version_folder.parent),
+        "model_version": version_folder.name,
+        "model_instance_kind": "GPU",
+        "model_instance_device_id": "0",
+    }
+    # An onnxruntime without GPUs is missed, which OpenVINO would not do.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "has a GPU instance" in message(backend.TritonPythonModel()._open, arguments)
+    backend.TritonPythonModel()._open(arguments | {"model_instance_kind": "CPU"})
 
 
 def test_tensorrt_refuses_unknown_precision_and_parameter(backend: ModuleType) -> None:
