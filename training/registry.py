@@ -115,7 +115,7 @@ def model_folder(source: str | Path) -> Path:
     Args:
         source: A folder that `training.fit` wrote, or `models:/NAME@ALIAS`,
             `models:/NAME/VERSION` or `runs:/ID`. A download is kept in `.cache/models`, by run,
-            and holds what the folder of the training held.
+            and holds the model, its facts, and of `run.json` what export reads.
 
     Raises:
         ValueError: The address is malformed, names nothing, or holds no model.

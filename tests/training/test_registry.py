@@ -44,8 +44,12 @@ def test_every_address_gives_the_folder_of_the_training(registered, trained, her
         "run": f"runs:/{registered}",
     }[kind]
     folder = model_folder(address)
-    for name in ("model.keras", "facts.json", "run.json"):
+    for name in ("model.keras", "facts.json"):
         assert (folder / name).read_bytes() == (trained.model / name).read_bytes(), name
+    # Its settings are parameters of the run already.
+    fetched = json.loads((folder / "run.json").read_text())
+    of_training = json.loads((trained.model / "run.json").read_text())
+    assert fetched == {key: of_training[key] for key in ("run", "weights")}
     assert folder == model_folder(f"runs:/{registered}/model")
 
 
