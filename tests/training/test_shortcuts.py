@@ -583,7 +583,8 @@ def test_all_checks_of_a_model_are_plain_values(checked):
         "brightness_equalized", "outside_blanked", "lungs_blanked", "jpeg"
     }  # fmt: skip
     for perturbed in found["scores"]["perturbed"].values():
-        assert perturbed["changed"] == 12
+        # A scan may have the wanted brightness, or no outside, already.
+        assert 0 < perturbed["changed"] <= 12
         assert perturbed["mean_change"] > 0
     assert found["map"]["n"] + found["map"]["no_evidence"] == 12
     assert found["pointing"]["n"] == found["pointing"]["patients"] == 2
