@@ -16,7 +16,7 @@ from training.command import command_parser, run_command
 from training.config import load_config
 from training.crossvalidate import CrossValidateConfig, cross_validate
 from training.domain import check_domain
-from training.files import replaced, write_json
+from training.files import replaced, without_nan, write_json
 from training.fit import FitConfig, settings_hash
 from training.model import load_trained
 from training.protocols import (
@@ -122,7 +122,7 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
         metrics["domain"] = check_domain(model, facts, paths, sources.foreign, list(sources.chest))
     with replaced(config.output) as folder:
         folder.mkdir()
-        write_json(folder / "metrics.json", _without_nan(metrics))
+        write_json(folder / "metrics.json", without_nan(metrics))
         write_json(folder / "scores.json", headline(metrics["protocols"]))
         (folder / "report.md").write_text(report(metrics), encoding="utf-8")
         write_predictions(folder / "predictions.csv", protocols)
@@ -170,15 +170,6 @@ def write_predictions(path: Path, protocols: list[Protocol]) -> None:
                     protocol.name, scans.paths[index], scans.groups[index], actual, predicted,
                     *(f"{p:.6f}" for p in row),
                 ])  # fmt: skip
-
-
-def _without_nan(value: Any) -> Any:
-    """The same structure with None for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def crossvalidated(config: EvaluateConfig, groups: dict[str, Any]) -> Path:

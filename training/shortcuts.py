@@ -25,6 +25,7 @@ from scipy.spatial import ConvexHull
 from chestct.body import body_box, body_mask
 from chestct.contract import MAP_SIZE, SCAN_SIZE, ModelFacts, Window
 from chestct.scan import list_scans, load_grey, resize_scan
+from training.files import without_nan
 from training.metrics import (
     NORMAL,
     Floats,
@@ -664,19 +665,12 @@ def check_shortcuts(
         pointing = pointing_game(
             shown["activation_map"], shown["probabilities"].argmax(axis=1), annotated
         )
-    plain: dict[str, Any] = _without_nan({
+    plain: dict[str, Any] = without_nan({
         "scores": shortcut_scores(predict, test, probabilities),
         "map": map_mass(outputs["activation_map"], probabilities.argmax(axis=1), test),
         "pointing": pointing,
     })  # fmt: skip
     return plain
-
-
-def _without_nan(value: Any) -> Any:
-    """The same structure with None for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def report_lines(shortcuts: dict[str, Any]) -> list[str]:
