@@ -68,6 +68,15 @@ def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
 
 
+def outputs_of(model: onnx.ModelProto, name: str, scans: np.ndarray) -> np.ndarray:
+    """The tensor `name` inside a model."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+    session = onnxruntime.InferenceSession(watched.SerializeToString())
+    return session.run([name], {"scan": scans})[0]
+
+
 def test_contract_and_metadata_stay(narrow, narrow_int8):
     assert contract_differences(narrow_int8, 4) == []
     assert narrow_int8.metadata_props == narrow.metadata_props
@@ -138,25 +147,40 @@ def test_folded_preprocessing_is_right_at_the_border_too(narrow, narrow_int8):
     scan = np.full((1, 224, 224, 1), 200, np.uint8)
     name = backbone(narrow)[1].output[0]
 
-    def first_layer(model: onnx.ModelProto) -> np.ndarray:
-        watched = onnx.ModelProto()
-        watched.CopyFrom(model)
-        watched.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
-        session = onnxruntime.InferenceSession(watched.SerializeToString())
-        return session.run([name], {"scan": scan})[0]
-
-    wanted, got = first_layer(narrow), first_layer(narrow_int8)
+    wanted, got = (outputs_of(model, name, scan) for model in (narrow, narrow_int8))
     assert np.abs(wanted[..., 0, :] - wanted[..., 100, :]).max() > 20
     np.testing.assert_allclose(got, wanted, atol=0.02 * wanted.max())
 
 
-def test_channel_without_weights_keeps_its_bias(scan_batch):
+def with_channel(weights: np.ndarray) -> onnx.ModelProto:
+    """The narrow network with other weights (in, 3, 3) in channel 3 of block1_conv2."""
     model = network(NARROW)
-    kernel = backbone(model)[2].input[1]  # of block1_conv2
-    tensor = next(i for i in model.graph.initializer if i.name == kernel)
-    weights = onnx.numpy_helper.to_array(tensor).copy()
-    weights[3] = 0
-    tensor.CopyFrom(onnx.numpy_helper.from_array(weights, kernel))
+    name = backbone(model)[2].input[1]
+    tensor = next(i for i in model.graph.initializer if i.name == name)
+    kernel = onnx.numpy_helper.to_array(tensor).copy()
+    kernel[3] = weights
+    tensor.CopyFrom(onnx.numpy_helper.from_array(kernel, name))
+    return model
+
+
+def test_what_rounding_takes_from_the_mean_is_given_back_in_the_bias(scan_batch):
+    # One weight of 127 steps, and 71 of 0.4 of a step, which are all rounded away.
+    weights = np.full((8, 3, 3), 0.4 / 127, np.float32)
+    weights[0, 1, 1] = 1
+    model = with_channel(weights)
+    small = quantized(model, scan_batch[:2])
+    first, second = (backbone(model)[index].output[0] for index in (1, 2))
+
+    def mean_of(source: onnx.ModelProto, name: str) -> np.ndarray:
+        return outputs_of(source, name, scan_batch[:2]).mean(axis=(0, 2, 3))
+
+    lost = (0.4 / 127 * (9 * mean_of(model, first).sum() - mean_of(model, first)[0])).item()
+    shift = abs(mean_of(small, second)[3] - mean_of(model, second)[3])
+    assert shift < 0.1 * lost  # all of it without the correction
+
+
+def test_channel_without_weights_keeps_its_bias(scan_batch):
+    model = with_channel(np.zeros((8, 3, 3), np.float32))
     small = quantized(model, scan_batch[:1])
     arrays = {i.name: onnx.numpy_helper.to_array(i) for i in small.graph.initializer}
     bias = arrays["convolution2_bias"] * arrays["convolution2_bias_float_step"].astype(np.float64)

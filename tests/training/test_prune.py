@@ -70,6 +70,19 @@ def test_refitting_is_better_than_cutting_alone(wide):
     assert error(1e-3) < 0.7 * error(1e9)  # an infinite ridge keeps the kernels as they were
 
 
+def test_layers_are_fitted_to_what_the_narrow_network_feeds_them(wide):
+    """Then no other head makes better maps of its features; of the wide ones, another would."""
+    scans = textured(16, seed=1)
+    narrow = pruned(wide, tuple(width // 4 for width in WIDE), scans)
+    wanted, got = (map_from(model, 1).predict_on_batch(scans) for model in (wide, narrow))
+    layer = keras.Model(narrow.input, narrow.get_layer("block5_conv3").output)
+    features = layer.predict_on_batch(scans).reshape(-1, WIDE[-1] // 4)
+    inputs = np.hstack([features, np.ones((len(features), 1))])
+    wanted, got = (maps.reshape(-1, 3) for maps in (wanted, got))
+    best = inputs @ np.linalg.lstsq(inputs, wanted, rcond=None)[0]
+    assert np.square(got - wanted).mean() < 1.04 * np.square(best - wanted).mean()
+
+
 def test_one_grey_channel_gives_the_first_layer_what_three_gave():
     model = build_classifier(3)
     kernel, bias = model.get_layer("block1_conv1").get_weights()
