@@ -173,7 +173,7 @@ def compare(config: CompareConfig) -> Comparison:
     ranked, left_out = [], []
     for row in newest_first:
         if row.status != "FINISHED":
-            left_out.append((row, f"{row.status}"))
+            left_out.append((row, row.status))
         elif row.value is None:
             left_out.append((row, f"no {config.key}"))
         elif row.n != n:
@@ -297,7 +297,7 @@ def notes(found: Comparison) -> list[str]:
                 f"{inside} of the others lie within the interval of the best: on so few scans "
                 "they may be equal"
             )
-    if config.protocol.startswith(("official", "external")):
+    if config.protocol not in ("valid", LAST_EPOCH):
         said.append(
             f"{config.protocol} is scored on test scans: whoever chooses by it tunes on them; "
             "--protocol valid does not"

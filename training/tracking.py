@@ -184,7 +184,8 @@ def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
                 logger.warning("run %s is not in %s: a new one begins", run_id, shown_address())
                 run_id = None
         begun = {} if run_id else {"git_commit": git_commit(), **(_tags_of_new_runs.get() or {})}
-        active = mlflow.start_run(run_id=run_id, run_name=name, tags=begun)
+        # A run that goes on keeps the name that it began with.
+        active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, tags=begun)
         status = "FAILED"
         try:
             yield Run(mlflow, active.info.run_id)

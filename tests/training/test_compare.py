@@ -15,14 +15,14 @@ from PIL import Image
 
 from training.compare import CompareConfig, compare, flattened, main, shortened
 from training.compare_plots import scale_of
-from training.tracking import EXPERIMENT, tagged_runs, tracked_run
+from training.tracking import EXPERIMENT, FOLD_TAG, tagged_runs, tracked_run
 
 # Of the four comparable runs: name, balanced accuracy, Brier, learning rate, contrast, weights.
 RUNS = [
     ("one", 0.70, 0.40, 1e-5, 0.2, "imagenet"),
     ("two", 0.80, 0.30, 1e-4, 0.4, "brain-mri"),
     ("three", 0.60, 0.20, 1e-3, 0.2, "brain-mri"),
-    ("four", 0.75, 0.35, 1e-4, 0.2, "imagenet"),
+    ("<b>four</b>", 0.75, 0.35, 1e-4, 0.2, "imagenet"),
 ]
 
 
@@ -67,6 +67,8 @@ def store(tmp_path_factory) -> Iterator[dict[str, str]]:
         run.log_scores("valid", {"n": 72, "balanced_accuracy": interval(1.0)})
         found["failed"] = run.run_id
     mlflow.MlflowClient().set_terminated(run.run_id, "FAILED")
+    with tagged_runs({FOLD_TAG: "1"}), tracked_run("fold") as run:
+        run.log_scores("valid", {"n": 72, "balanced_accuracy": interval(1.0)})
     with tracked_run("files alone") as run:
         run.log_scores("valid", {"n": 72, "balanced_accuracy": interval(0.5)})
         found["files"] = run.run_id
@@ -82,14 +84,14 @@ def names(**config) -> list[str]:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, ["two", "four", "one", "three", "files alone"]),
-        ({"best": "lowest"}, ["files alone", "three", "one", "four", "two"]),
-        ({"metric": "brier"}, ["three", "two", "four", "one"]),
-        ({"metric": "brier", "best": "highest"}, ["one", "four", "two", "three"]),
-        ({"protocol": "last_epoch", "metric": "loss"}, ["two", "four", "one", "three"]),
+        ({}, ["two", "<b>four</b>", "one", "three", "files alone"]),
+        ({"best": "lowest"}, ["files alone", "three", "one", "<b>four</b>", "two"]),
+        ({"metric": "brier"}, ["three", "two", "<b>four</b>", "one"]),
+        ({"metric": "brier", "best": "highest"}, ["one", "<b>four</b>", "two", "three"]),
+        ({"protocol": "last_epoch", "metric": "loss"}, ["two", "<b>four</b>", "one", "three"]),
         ({"n": 12}, ["demo $x^"]),
         ({"protocol": "official", "metric": "macro_auroc"}, ["<script>alert(1)</script>"]),
-        ({"sweep": "rates"}, ["two", "four", "one", "three"]),
+        ({"sweep": "rates"}, ["two", "<b>four</b>", "one", "three"]),
     ],
 )
 def test_the_best_run_is_first(store, config, expected):
@@ -135,6 +137,9 @@ def test_notes_name_the_runs_that_lack_the_metric(store, caplog):
 
 def test_choosing_by_test_scans_is_said(store, caplog):
     caplog.set_level("INFO")
+    assert main([]) == 0
+    assert main(["--protocol", "last_epoch", "--metric", "loss"]) == 0
+    assert "is scored on test scans" not in caplog.text
     assert main(["--protocol", "official", "--metric", "macro_auroc"]) == 0
     assert "official is scored on test scans: whoever chooses by it" in caplog.text
 
@@ -238,6 +243,7 @@ def test_page_loads_nothing_and_shows_every_run_in_every_part(written, store):
         assert {f"run-{run}-line", f"run-{run}-wide", f"run-{run}-row"} <= parts
         assert {f"run-{run}-point-{axis}" for axis in range(4)} <= parts
     assert page.tags.count("script") == 1
+    assert "b" not in page.tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     places = json.loads(re.search(r"const places = (.*);", text)[1])
     assert len(places) == 5

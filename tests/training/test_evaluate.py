@@ -63,7 +63,8 @@ def test_scores_are_in_the_run_of_the_training(evaluated):
     logged = mlflow.get_run(metrics["run"]).data.metrics
     expected = metrics["protocols"]["official"]["model"]["accuracy"]["value"]
     assert logged["official.accuracy"] == pytest.approx(expected, abs=1e-4)
-    assert mlflow.get_run(metrics["run"]).info.status == "FINISHED"
+    run = mlflow.get_run(metrics["run"])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "vgg16-block5")
 
 
 def test_external_source_is_scored_as_normal_against_the_rest(evaluated):

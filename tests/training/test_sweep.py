@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,10 @@ import mlflow
 import pytest
 import yaml
 
+from training.config import load_config
 from training.sweep import SweepConfig, main, points_of
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -38,6 +42,15 @@ def test_every_combination_is_a_point_and_the_rest_is_that_of_the_base(base):
     assert points[0].in_words() == "dropout 0.1, augmentation.contrast 0.3, epochs 2"
     assert len({p.fit.output for p in points}) == 4
     assert points[0].fit.output.name.startswith("dropout-0.1_augmentation.contrast-0.3_epochs-2-")
+
+
+def test_the_committed_grid_fits_the_committed_training(phantoms, tmp_path):
+    config = load_config(SweepConfig, CHECKOUT / "configs" / "sweep.yaml")
+    base = yaml.safe_load((CHECKOUT / config.base).read_text())
+    here = {"scans": str(phantoms.scans), "split": str(phantoms.split)}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(base | here))
+    points = points_of(dataclasses.replace(config, base=tmp_path / "train.yaml"))
+    assert len({point.fit.output for point in points}) == 8
 
 
 def test_the_folder_of_a_point_changes_with_all_that_decides_and_nothing_else(
