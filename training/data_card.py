@@ -11,7 +11,7 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE, PREPARATION, SCAN_SIZE
 from training.artefacts import Artefacts, CardConfig
 from training.audit import MOST_LISTED
 from training.audit import report as audit_report
-from training.markdown import code, demoted, plain, table
+from training.markdown import below, code, plain, table
 from training.model_card import licence_in_words, source_in_words, stated
 
 
@@ -26,7 +26,7 @@ def data_card(found: Artefacts, config: CardConfig) -> str:
     sections: dict[str, list[str]] = {
         "Source": _source(found, config),
         "Composition": _composition(found),
-        "What the audit found": demoted(audit_report(findings).strip().splitlines()[2:], 1),
+        "What the audit found": below(audit_report(findings).strip().splitlines()[2:], 2),
         "What the split does about it": _split(found),
         "How a scan is prepared": _preparation(found),
         "Known limits": [
@@ -127,7 +127,7 @@ def _preparation(found: Artefacts) -> list[str]:
         f"version of it is called {code(PREPARATION)}.",
         "",
         "1. Decode. PNG and JPEG to one grey channel, transparent parts black, 16-bit samples "
-        "scaled to 8. DICOM: one grey frame.",
+        "scaled to 8. DICOM: one grey frame; what is no axial CT slice by its tags is refused.",
         "2. Window. DICOM is rescaled to Hounsfield units and shown at centre "
         f"{window.center_hu:g}, width {window.width_hu:g} HU; MONOCHROME1 is inverted and padding "
         "is black. Pictures stay as they were saved.",

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from chestct.contract import SCAN_SHAPE, ModelFacts
 from chestct.errors import ScanDecodeError
 from chestct.scan import inspect_scan, list_scans
+from training.markdown import plain
 from training.metrics import auroc, wilson_interval
 from training.scans import predict_outputs
 
@@ -77,7 +78,7 @@ def report_lines(domain: Mapping[str, Any]) -> list[str]:
         for name, found in domain[key].items():
             share = found["share"]
             lines.append(
-                f"| {wanted} | {name} | {found['n']} | {found['refused']} | "
+                f"| {wanted} | {plain(name)} | {found['n']} | {found['refused']} | "
                 f"{found['flagged_by_rules']} | {found['flagged_by_distance']} | "
                 f"{found['rejected']}: {share['value']:.3f} "
                 f"({share['low']:.3f} to {share['high']:.3f}) |"

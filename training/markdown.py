@@ -39,10 +39,13 @@ def visible(text: object) -> str:
     )
 
 
-def demoted(lines: Iterable[str], levels: int) -> list[str]:
-    """The same lines with every heading `levels` deeper."""
+def below(lines: Sequence[str], level: int) -> list[str]:
+    """The same lines with all headings moved so that the highest is just below `level`."""
+    heading = re.compile(r"^#+(?= )")
+    levels = [len(match[0]) for line in lines if (match := heading.match(line))]
+    deeper = level + 1 - min(levels, default=0)
     return [
-        re.sub(r"^#+", lambda marks: "#" * min(DEEPEST, len(marks[0]) + levels), line)
+        heading.sub(lambda marks: "#" * min(DEEPEST, len(marks[0]) + deeper), line)
         for line in lines
     ]
 

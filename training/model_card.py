@@ -23,7 +23,7 @@ from chestct.contract import (
 )
 from training.artefacts import Artefacts, CardConfig
 from training.checklists import claim_2024, tripod_ai
-from training.markdown import code, demoted, plain, table
+from training.markdown import below, code, plain, table
 from training.report import OPERATING_POINTS, answered_by, class_table, interval, side_by_side
 from training.tracking import RunRecord
 from training.weights import BRAIN_MRI_REQUIREMENT
@@ -192,7 +192,7 @@ def data_faults(found: Artefacts) -> list[str]:
         f"- {audit['num_scans']} scans are {near['num_distinct']} distinct pictures: "
         f"{exact['num_redundant']} are exact copies of another, {near['num_redundant']} exact or "
         f"near copies (correlation of thumbnails from {audit['near_correlation']} on).",
-        f"- {near['num_label_conflicts']} groups of copies carry more than one label.",
+        f"- Groups of copies that carry more than one label: {near['num_label_conflicts']}.",
     ]
     for pair, by_label in near["shared"].items():
         copied = {label: cell for label, cell in by_label.items() if cell["copied"]}
@@ -228,7 +228,7 @@ def check_lines(metrics: Mapping[str, Any], key: str) -> list[str]:
     """What a further check of `training.evaluate` found, as lines below a heading of level two."""
     if not metrics.get(key):
         return [f"Not measured: `metrics.json` holds no {code(key)}."]
-    return demoted(CHECKS[key](metrics[key]), 1)
+    return below(CHECKS[key](metrics[key]), 2)
 
 
 def weights_in_words(source: str) -> str:

@@ -678,7 +678,7 @@ def report_lines(shortcuts: dict[str, Any]) -> list[str]:
     scores, mass, pointing = (shortcuts[key] for key in ("scores", "map", "pointing"))
     keys = list(scores["unperturbed"])
     lines = [
-        f"{scores['n']} scans in {scores['groups']} groups; below each score its change against "
+        f"{scores['n']} scans in {scores['groups']} groups; after each score its change against "
         "the scans as they are. Intervals are 95 %, by a bootstrap over groups.",
         "",
         f"| scans | {' | '.join(key.replace('_', ' ').replace('auroc', 'AUROC') for key in keys)} "
@@ -688,7 +688,7 @@ def report_lines(shortcuts: dict[str, Any]) -> list[str]:
     ]
     for found in scores["perturbed"].values():
         cells = [
-            f"{_shown(found['scores'][key])}<br>{_shown(found['difference'][key], signed=True)}"
+            f"{_shown(found['scores'][key])}; {_shown(found['difference'][key], signed=True)}"
             for key in keys
         ]
         lines.append(f"| {found['what']} | {' | '.join(cells)} | {found['same_label']:.3f} |")

@@ -286,6 +286,7 @@ def test_page_is_whole_and_loads_nothing(written, name):
         assert not anchor or anchor in anchors[target], link
     assert "http://" not in (written / f"{name}.html").read_text()
     assert "https://" not in (written / f"{name}.html").read_text()
+    assert "&lt;" not in (written / f"{name}.html").read_text()  # HTML within the Markdown
     assert [tag for tag, _ in found.tags].count("h1") == 1
     levels = [int(tag[1]) for tag, _ in found.tags if re.fullmatch("h[1-6]", tag)]
     assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
@@ -454,14 +455,13 @@ def test_checks_are_those_of_the_report(copied, monkeypatch):
     write_cards(copied)
     text = (copied.output / "model_card.md").read_text()
     assert "Lungs were found and blanked in" in text
-    monkeypatch.setitem(CHECKS, "shortcuts", lambda found: ["## Lungs", "", f"n = {len(found)}"])
+    monkeypatch.setitem(CHECKS, "shortcuts", lambda found: ["#### Lungs", "", f"n = {len(found)}"])
     write_cards(copied)
     text = (copied.output / "model_card.md").read_text()
     assert "## Shortcut checks\n\n### Lungs\n\nn = 3\n" in text
     claim = {row[0]: row for row in page(copied.output).rows("claim-2024")}
     assert claim["30"][2] == "reported"
     change(copied.evaluate / "metrics.json", shortcuts=None)
-    write_cards(copied)
     write_cards(copied)
     text = (copied.output / "model_card.md").read_text()
     assert "## Shortcut checks\n\nNot measured: `metrics.json` holds no `shortcuts`.\n" in text
@@ -591,7 +591,10 @@ def test_summary_reaches_the_served_parameters(publishable, written, trained):
 def test_model_without_a_card_is_published_and_logged(publishable, tmp_path, caplog):
     caplog.set_level("INFO")
     write_repository(dataclasses.replace(publishable, card=tmp_path / "none.json"))
-    assert facts_served(publishable).card == ""
+    served = facts_served(publishable)
+    assert served.card == ""
+    assert "card" not in served.to_parameters()
+    assert ModelFacts.from_parameters(served.to_parameters() | {"card": ""}) == served
     assert f"chestct has no model card: {tmp_path / 'none.json'} is not there" in caplog.messages
 
 
@@ -654,5 +657,5 @@ def test_an_interrupted_writing_leaves_the_old_cards(copied, monkeypatch):
 
     monkeypatch.setattr(training.card, "page_from_markdown", fail)
     with pytest.raises(KeyboardInterrupt):
-        write_cards(copied)
+        write_cards(dataclasses.replace(copied, intended_use="Another one."))
     assert {path.name: path.read_bytes() for path in copied.output.iterdir()} == before

@@ -65,6 +65,12 @@ def test_report_holds_every_row(checked):
     assert "| rejected | broken | 1 | 1 | 0 | 0 | 1: 1.000 (" in text
 
 
+def test_name_of_a_folder_formats_nothing(checked):
+    kinds = {"*<b>*": checked["reject"]["broken"]}
+    text = "\n".join(report_lines({**checked, "reject": kinds}))
+    assert r"| rejected | \*\<b\>\* | 1 |" in text
+
+
 def test_folder_without_kinds_is_refused(trained, tmp_path):
     model, facts = load_trained(trained.model)
     scans = list(list_scans(trained.scans / "test" / "normal"))

@@ -3,10 +3,10 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.markdown import code, demoted, plain, slug, table, visible
+from training.markdown import below, code, plain, slug, table, visible
 from training.page import page_from_markdown
 
 HOSTILE = [
@@ -64,6 +64,7 @@ def test_a_hostile_name_is_shown_and_obeyed_by_nothing(text, as_text):
 
 
 @pytest.mark.parametrize("as_text", [plain, code])
+@settings(deadline=None)
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40))
 def test_any_name_is_shown_as_it_is(text, as_text):
     found = shown(text, as_text)
@@ -78,8 +79,11 @@ def test_ordinary_names_stay_readable_in_the_source():
     assert code("test/normal/000108 (3).png") == "`test/normal/000108 (3).png`"
 
 
-def test_headings_move_down_and_no_further_than_six():
-    assert demoted(["# a", "text # b", "##### c"], 2) == ["### a", "text # b", "###### c"]
+def test_headings_move_below_a_level_and_no_deeper_than_six():
+    lines = ["# a", "text # b", "##### c", "#d"]
+    assert below(lines, 2) == ["### a", "text # b", "###### c", "#d"]
+    assert below(["#### a", "##### b"], 2) == ["### a", "#### b"]
+    assert below(["text"], 2) == ["text"]
 
 
 def test_anchors_are_those_of_github():
@@ -105,6 +109,12 @@ def test_cells_of_a_table_have_headings():
     tags = Cells(page).tags
     assert [a.get("scope") for tag, a in tags if tag == "th"] == ["col", "col", "row"]
     assert ("div", {"role": "region", "tabindex": "0", "aria-labelledby": "top"}) in tags
+
+
+def test_html_in_a_text_is_shown_and_not_obeyed():
+    page = page_from_markdown("a <b>x</b>\n\n<script>y</script>\n", "t")
+    assert not {"b", "script"} & {tag for tag, _ in Cells(page).tags}
+    assert "&lt;script&gt;y&lt;/script&gt;" in page
 
 
 def test_title_is_escaped():

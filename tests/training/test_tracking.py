@@ -33,9 +33,12 @@ def test_run_holds_params_metrics_by_epoch_and_files(tmp_path):
         for epoch, loss in enumerate([0.9, 0.5]):
             run.log_metrics({"loss": loss}, step=epoch)
         run.log_file(tmp_path / "facts.json", "model")
+        known = run.recorded()
     stored = mlflow.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
-    assert stored.data.params == {"block": "5"}
+    assert stored.data.params == {"block": "5"} == known.params
+    assert known.tags["git_commit"] == stored.data.tags["git_commit"]
+    assert known.begun.timestamp() * 1000 == pytest.approx(stored.info.start_time)
     history = mlflow.MlflowClient().get_metric_history(run.run_id, "loss")
     assert [(item.step, item.value) for item in history] == [(0, 0.9), (1, 0.5)]
     assert [item.path for item in mlflow.artifacts.list_artifacts(run_id=run.run_id)] == ["model"]
