@@ -144,14 +144,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[.
     write_model(folder, "text", "dynamic_batching { }")
     facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
     quoted = {key: json.dumps(value) for key, value in facts.to_parameters().items()}
-    write_model(
-        folder,
-        "whole",
-        "".join(
-            f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}\n'
-            for key, value in quoted.items()
-        ),
+    parameters = "".join(
+        f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}\n'
+        for key, value in quoted.items()
     )
+    write_model(folder, "whole", parameters)
+    # It leaves whoever gives up sooner the time to do so.
+    patient = "dynamic_batching { max_queue_delay_microseconds: 500000 }"
+    write_model(folder, "whole_patient", parameters + patient)
     return folder
 
 

@@ -183,7 +183,7 @@ def test_peak_memory_is_that_of_the_server_and_its_backend_processes(server: Loc
         return int(line) * 1024 / 1e6
 
     pids = [server.pid, *children(server.pid)]
-    assert len(pids) == 8  # six models, one of them with two instances
+    assert len(pids) == 9  # seven models, one of them with two instances
     before = sum(map(peak_mb, pids))
     assert before <= server.peak_memory_mb() <= sum(map(peak_mb, pids)) + 1
 
@@ -192,7 +192,8 @@ def test_every_model_is_checked_by_inference(server: LocalTriton) -> None:
     before = {name: statistics(server, name)["inference_count"] for name, _ in server.models()}
     assert server.check() == []
     after = {name: statistics(server, name)["inference_count"] for name, _ in server.models()}
-    assert set(before) == {"chestct", "threads", "openvino", "unbatched", "text", "whole"}
+    whole = {"whole", "whole_patient"}
+    assert set(before) == {"chestct", "threads", "openvino", "unbatched", "text", *whole}
     assert all(after[name] > before[name] for name in before)
 
 
@@ -216,12 +217,14 @@ def test_admin_apis_need_the_key(server: LocalTriton) -> None:
     refused.value.close()
     request.add_header("admin-key", server.admin_key)
     with urllib.request.urlopen(request, timeout=5) as reply:
-        assert len(json.load(reply)) == 6
+        assert len(json.load(reply)) == 7
 
 
-def client_of(server: LocalTriton, protocol: str, **options: Any) -> ScanClient:
+def client_of(
+    server: LocalTriton, protocol: str, model: str = "whole", **options: Any
+) -> ScanClient:
     url = server.grpc_url if protocol == "grpc" else server.http_url
-    return ScanClient(url, "whole", **options)
+    return ScanClient(url, model, **options)
 
 
 def registered_regions(server: LocalTriton) -> list[str]:
@@ -265,14 +268,14 @@ def test_region_of_a_request_that_failed_carries_no_other(
     server: LocalTriton, scans: np.ndarray
 ) -> None:
     """The server may still be reading the scans of a request that its client has given up."""
-    with client_of(server, "grpc", shared_memory="on") as client:
-        expected = client.classify(scans).probabilities
+    with client_of(server, "grpc", "whole_patient", shared_memory="on") as client:
+        expected = client.classify(scans[:3]).probabilities
         (before,) = registered_regions(server)
-        client.timeout_s = 1e-5
+        client.timeout_s = 0.1
         with pytest.raises(InferenceTimeoutError):
-            client.classify(scans)
+            client.classify(scans[:3])
         client.timeout_s = 30.0
-        np.testing.assert_array_equal(client.classify(scans).probabilities, expected)
+        np.testing.assert_array_equal(client.classify(scans[:3]).probabilities, expected)
         assert len(registered_regions(server)) == 2
         assert not Path("/dev/shm", before).exists()
     assert registered_regions(server) == [before]
