@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Releases on the application host. Each lies whole in releases/COMMIT: compose.yaml, its files and
+# Releases on the application host. Each lies whole in releases/COMMIT: compose file, its files and
 # release.env with the digests of its images; `current` and `previous` point to two of them.
 #
 #   receive FOLDER COMMIT   take in a release that was sent
@@ -32,8 +32,10 @@ compose() { # compose COMMIT ARGUMENT...
   local folder=$ROOT/releases/$1 files=()
   shift
   [ ! -f "$ROOT/secrets.env" ] || files=(--env-file "$ROOT/secrets.env")
-  docker compose --project-name chestct --project-directory "$folder" \
-    --file "$folder/compose.yaml" "${files[@]}" --env-file "$folder/release.env" \
+  # Models belong to the host, not to a release.
+  CHESTCT_MODELS=$ROOT/model_repository CHESTCT_RESULTS=$ROOT/results \
+    docker compose --project-name chestct --project-directory "$folder" \
+    --file "$folder/docker/compose.yaml" "${files[@]}" --env-file "$folder/release.env" \
     --profile "$(value "$(basename "$folder")" CHESTCT_PROFILE)" "$@"
 }
 

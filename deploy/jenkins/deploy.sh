@@ -21,11 +21,10 @@ release() {
 }
 
 send() {
-  local stage paths
-  read -ra paths <<<"${RELEASE_PATHS:-compose.yaml deploy}"
+  local stage
   stage=$(mktemp -d)
   # The files of the commit, not of the working tree.
-  git archive "$COMMIT" -- "${paths[@]}" | tar --extract --directory "$stage"
+  git archive "$COMMIT" -- docker deploy | tar --extract --directory "$stage"
   cp "$RELEASE_FILE" "$stage/release.env"
   tar --create --directory "$stage" . | on_host "set -e
     incoming=\$(mktemp -d $HOST_ROOT/incoming.XXXXXX)

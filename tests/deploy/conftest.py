@@ -183,8 +183,10 @@ class Host:
         Args:
             fault: What its images do wrong: pull, slow, unhealthy, silent, or elsewhere.
         """
-        (self.checkout / "compose.yaml").write_text(f"# release {len(self.commits)}\n")
-        git(self.checkout, "add", "compose.yaml", "deploy")
+        compose = self.checkout / "docker" / "compose.yaml"
+        compose.parent.mkdir(exist_ok=True)
+        compose.write_text(f"# release {len(self.commits)}\n")
+        git(self.checkout, "add", "docker", "deploy")
         git(self.checkout, "commit", "--quiet", "--message", f"Release {len(self.commits)}")
         commit = git(self.checkout, "rev-parse", "HEAD")
         self.commits.append(commit)

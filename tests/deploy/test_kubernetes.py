@@ -140,8 +140,11 @@ def test_gpu_overlay_asks_for_one_gpu_and_keeps_its_plans():
     manifests = built("overlays/gpu")
     (container,) = pod_of(manifests)["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-    mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
-    assert mounts["tensorrt"] == "/var/cache/chestct/tensorrt"
+    mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
+    assert mounts["/results"]["name"] == "models"
+    kept = [mounts[path] for path in ("/var/lib/chestct", "/var/cache/chestct/tensorrt")]
+    assert {mount["name"] for mount in kept} == {"tensorrt"}
+    assert all(mount["subPathExpr"].startswith("$(NODE_NAME)/") for mount in kept)
     # A plan takes minutes: the start may take longer than on a CPU.
     startup = container["startupProbe"]
     assert startup["failureThreshold"] * startup["periodSeconds"] >= 1800

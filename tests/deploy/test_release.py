@@ -35,9 +35,9 @@ def test_first_release_serves_and_is_answered_for_by_phantoms(host):
 
 def test_files_are_those_of_the_commit_not_of_the_working_tree(host):
     commit = host.commit()
-    (host.checkout / "compose.yaml").write_text("# edited since\n")
+    (host.checkout / "docker/compose.yaml").write_text("# edited since\n")
     assert host.run("deploy.sh").returncode == DONE
-    assert (host.root / "releases" / commit / "compose.yaml").read_text() == "# release 0\n"
+    assert (host.root / "releases" / commit / "docker/compose.yaml").read_text() == "# release 0\n"
 
 
 def test_two_releases_are_kept_and_the_images_of_older_ones_deleted(host):
