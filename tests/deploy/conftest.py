@@ -349,7 +349,7 @@ def host(tmp_path: Path, triton: LocalTriton) -> Iterator[Host]:
                 "SSH_KEY": str(keys / "jenkins"),
                 "KNOWN_HOSTS": str(keys / "known_hosts"),
                 "GRPC_PORT": str(published),
-                "SMOKE_TIMEOUT_S": "3",
+                "SMOKE_TIMEOUT_S": "20",
                 "ECR_REPOSITORY": REPOSITORY,
                 "AWS_ACCOUNT_ID": "123456789012",
                 "AWS_ACCESS_KEY_ID": "an-id",
