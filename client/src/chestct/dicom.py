@@ -34,6 +34,7 @@ __all__ = [
     "num_frames",
     "read_dicom",
     "require_grey",
+    "require_whole_frames",
     "slice_attributes",
     "slice_facts",
     "stored_values",
@@ -272,7 +273,6 @@ def require_grey(dataset: Dataset, name: str) -> None:
         raise ScanDecodeError(
             f"{name}: {num_frames(dataset)} frames, expected at most {MAX_FRAMES}"
         )
-    _require_whole_frames(dataset, name)
     interpretation = dataset.get("PhotometricInterpretation")
     if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanDecodeError(
@@ -281,8 +281,12 @@ def require_grey(dataset: Dataset, name: str) -> None:
         )
 
 
-def _require_whole_frames(dataset: Dataset, name: str) -> None:
-    """One error for a torn file, not one for each of its frames."""
+def require_whole_frames(dataset: Dataset, name: str) -> None:
+    """Refuse a torn file of several frames: one error, not one for each of them.
+
+    Raises:
+        ScanDecodeError: It is not compressed and holds less than it promises.
+    """
     if num_frames(dataset) == 1 or dataset.get("PixelData") is None:
         return
     if dataset["PixelData"].is_undefined_length:  # compressed

@@ -29,6 +29,7 @@ from chestct.dicom import (
     num_frames,
     read_dicom,
     require_grey,
+    require_whole_frames,
     slice_attributes,
     slice_facts,
     stored_values,
@@ -223,6 +224,9 @@ def inspect_scans(
     name = source.name
     try:
         opened = _opened(source.read(), name)
+        if not isinstance(opened, Image.Image):
+            with _decoding("DICOM", name):
+                require_whole_frames(opened, name)
     except ScanDecodeError as error:
         yield Slice(name, error)
         return
