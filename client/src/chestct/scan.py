@@ -335,7 +335,8 @@ def _decoded(
             return _grey_from_picture(opened, name), opened
     with _decoding("DICOM", name):
         attributes = slice_attributes(opened, frame)
-        _require_slice(attributes, name)
+        if attributes is not opened:
+            _require_slice(attributes, name)
         stored = stored_values(opened, frame, name)
         grey = _grey_from_dicom(stored, attributes, name, window)
         return Image.fromarray(upright(grey, attributes)), attributes
