@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -32,7 +33,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from chestct import scan
+from chestct import limits
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import ScanDecodeError
 from chestct.scan import (
@@ -43,6 +44,7 @@ from chestct.scan import (
     load_scan,
     resize_scan,
 )
+from chestct.silence import without_warnings
 
 SOFT_WINDOW = Window(40.0, 400.0)
 
@@ -156,6 +158,24 @@ def test_window_leaves_its_input_alone() -> None:
     before = hu.copy()
     apply_window(hu, LUNG_WINDOW)
     np.testing.assert_array_equal(hu, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("PNG", {}, "0b139cd4167077f4"),
+        ("JPEG", {"quality": 90}, "a5ad0db5e3e34998"),
+    ],
+)
+def test_pixels_of_pictures_never_change(kind: str, options: dict[str, Any], expected: str) -> None:
+    """What training saw and what a client sends are the same bytes, in every version."""
+    rows, columns = np.mgrid[-1:1:200j, -1:1:260j]
+    lungs = rows**2 / 0.4 + (np.abs(columns) - 0.4) ** 2 / 0.06 < 1
+    waves = 20 * np.sin(9 * rows + 5 * columns) * np.cos(14 * columns)
+    grey = np.where(lungs, 40, 170) * (rows**2 + columns**2 < 0.95) + waves
+    picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    pixels = decode_scan(picture_bytes(picture, kind, **options), "scan")
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == expected
 
 
 def test_resize_averages_when_it_reduces() -> None:
@@ -429,7 +449,7 @@ def test_dicom_that_is_no_single_grey_slice(elements: dict[str, Any], message: s
 def test_deflated_bomb_is_refused_before_it_fills_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scan, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100_000)
     data = dicom_bytes(np.zeros((600, 600), np.int16), DeflatedExplicitVRLittleEndian)
     assert len(data) < 100_000
     with pytest.raises(ScanDecodeError, match="expected at most"):
@@ -463,10 +483,10 @@ def test_threads_leave_the_warning_filters_alone() -> None:
 
 def test_warnings_are_silent_until_the_last_thread_is_done() -> None:
     def come_and_go() -> None:
-        with scan._without_warnings:
+        with without_warnings:
             pass
 
-    with scan._without_warnings:
+    with without_warnings:
         thread = threading.Thread(target=come_and_go)
         thread.start()
         thread.join(timeout=30)
@@ -557,7 +577,7 @@ def test_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         file.truncate(257 * 2**20)  # a sparse file: nothing is written
     with pytest.raises(ScanDecodeError, match=r"257 MiB, expected at most 256 MiB"):
         load_scan(path)
-    monkeypatch.setattr(scan, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ScanDecodeError, match="expected at most"):
         decode_scan(dicom_bytes(hu_slice()), "slice.dcm")
 
