@@ -1,11 +1,12 @@
 """Thin client for a chest-CT classifier served by NVIDIA Triton. Not a medical device."""
 
-from chestct.batch import classify_paths, finished_paths
+from chestct.batch import classify_paths
 from chestct.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts, Window
 from chestct.errors import (
     ChestCTError,
     ContractError,
+    DecoderCrashedError,
     InferenceError,
     InferenceTimeoutError,
     OutOfDomainError,
@@ -35,6 +36,7 @@ __all__ = [
     "AsyncScanClient",
     "ChestCTError",
     "ContractError",
+    "DecoderCrashedError",
     "Health",
     "InferenceError",
     "InferenceTimeoutError",
@@ -52,7 +54,6 @@ __all__ = [
     "classify_paths",
     "decode_scan",
     "error_line",
-    "finished_paths",
     "inspect_scan",
     "json_text",
     "list_scans",

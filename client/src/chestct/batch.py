@@ -1,59 +1,89 @@
-"""A stream of files becomes a stream of records: decode ahead, send in batches, keep the order."""
+"""A stream of files becomes a stream of records: decode ahead, send in batches, keep the order.
+
+Files are decoded in processes (the first few in threads) while earlier ones are with the servers.
+Records come in the order of the files. Everything between is bounded, so the files may be endless.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chestct.client import ScanClient
+from chestct.client import Predictions, ScanClient
 from chestct.contract import Window
-from chestct.errors import ScanDecodeError, ServerError
+from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
+from chestct.fleet import Fleet
+from chestct.outputs import Item, Record
 from chestct.report import error_line, result_line
 from chestct.scan import Scan, inspect_scan
+from chestct.workers import CallTimeoutError, WorkerCrashedError, Workers
 
-__all__ = ["classify_paths", "finished_paths"]
+__all__ = ["DECODE_LIMIT_S", "NUM_IN_THREADS", "classify_paths", "classify_sources", "new_workers"]
 
-NUM_REQUESTS = 2
-MAX_WORKERS = 8
-LINE_START = b'{"path": '  # how `report.json_text` begins every record
+DECODE_LIMIT_S = 60.0
+NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
+MAX_WORKERS = 32
+MOST_FILES = 4  # times the batch size: files in a group that holds few scans
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    path: str
     scan: Scan | ScanDecodeError
     decode_ms: float
 
 
-_Outcome = tuple[list[dict[str, Any]], ServerError | None]
+@dataclass(frozen=True)
+class _File:
+    source: Any
+    scan: Scan | ScanDecodeError
+    decode_ms: float
+
+
+@dataclass
+class _Group:
+    """Files in their order, and the one request that holds the scans among them."""
+
+    files: list[_File] = field(default_factory=list)
+    num_scans: int = 0
+    answer: Future[tuple[Predictions, float]] | None = None
+
+    def add(self, file: _File) -> None:
+        self.files.append(file)
+        self.num_scans += isinstance(file.scan, Scan)
+
+    def is_full(self, batch_size: int) -> bool:
+        return self.num_scans == batch_size or len(self.files) == MOST_FILES * batch_size
+
+    def send(self, fleet: Fleet, with_map: bool) -> None:
+        if self.num_scans:
+            pixels = [file.scan.pixels for file in self.files if isinstance(file.scan, Scan)]
+            self.answer = fleet.submit(np.stack(pixels), with_map)
+
+    def is_under_way(self) -> bool:
+        return self.answer is not None and not self.answer.done()
 
 
 def classify_paths(
     client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
     """One record for each scan file, in the order of `paths`.
 
-    Files are decoded by threads while earlier ones are on the wire. Over gRPC two requests are
-    under way at once, so that a server always has the next one and one with several instances has
-    work for two; over HTTP it is one, because a connection belongs to one thread. At most four
-    batches are held. A file that cannot be decoded, or is no axial CT slice by its DICOM tags,
-    becomes a record of its error, and the rest goes on.
+    A file that cannot be decoded, or is no axial CT slice by its DICOM tags, becomes a record of
+    its error, and the rest goes on. The same as `classify_sources` with one server.
 
     Args:
-        client: A connected client.
+        client: A connected client; the requests go to its address by a session of their own.
         paths: Scan files; drawn from as needed, so it may be endless.
-        batch_size: How many files go into one request.
-        workers: How many threads decode; by default one for each processor, but at most 8.
+        batch_size: How many scans go into one request.
+        workers: How many files are decoded at once; by default one for each processor.
 
     Yields:
         Records as made by `chestct.report`.
@@ -62,114 +92,148 @@ def classify_paths(
         ServerError: The server failed; what was finished before has been yielded.
         ValueError: `batch_size` or `workers` below 1.
     """
-    workers = min(os.cpu_count() or 1, MAX_WORKERS) if workers is None else workers
-    if batch_size < 1 or workers < 1:
-        raise ValueError(f"batch_size {batch_size}, workers {workers}: expected at least 1 each")
-    window = client.facts.window
-    coming = iter(paths)
-    ahead: deque[Future[_Decoded]] = deque()
-    sent: deque[Callable[[], _Outcome]] = deque()
-    max_sent = NUM_REQUESTS if client.url.startswith("grpc") else 1
-    decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    senders = ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="send")
-    try:
-        while True:
-            while len(ahead) < 2 * batch_size and (path := next(coming, None)) is not None:
-                ahead.append(decoders.submit(_decode, path, window))
-            if ahead and len(sent) < max_sent:
-                batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
-                if max_sent == 1:
-                    sent.append(partial(_classified, client, batch))
-                else:
-                    sent.append(senders.submit(_classified, client, batch).result)
-            elif sent:
-                lines, error = sent.popleft()()
-                yield from lines
-                if error is not None:
-                    raise error
+    with new_workers(workers) as decoders, Fleet.like(client) as fleet:
+        for record, _ in classify_sources(fleet, paths, decoders, batch_size):
+            yield record
+
+
+def new_workers(
+    num_workers: int | None = None,
+    *,
+    limit_s: float = DECODE_LIMIT_S,
+    num_in_threads: int = NUM_IN_THREADS,
+) -> Workers:
+    """The pool that decodes.
+
+    Args:
+        num_workers: How many files at once; by default one for each processor.
+        limit_s: How long one file may take in a process.
+        num_in_threads: How many files, from the first, are decoded in this process: starting
+            others takes longer. What crashes a decoder there ends this process.
+
+    Raises:
+        ValueError: `num_workers` below 1, or no time.
+    """
+    if num_workers is None:
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        num_workers = min(len(own) or os.cpu_count() or 1, MAX_WORKERS)
+    return Workers(num_workers, limit_s=limit_s, num_in_threads=num_in_threads)
+
+
+def classify_sources(
+    fleet: Fleet,
+    sources: Iterable[Any],
+    workers: Workers,
+    batch_size: int = 8,
+    *,
+    with_map: bool = False,
+) -> Iterator[tuple[Record, Item]]:
+    """Record and origin of each scan, in the order of `sources`.
+
+    Held at once are: files that are being decoded or wait for it to be their turn, four times as
+    many as workers and scans in a batch together; and batches that are with the servers, or done
+    and behind one that is not, at most four times as many as requests.
+
+    Args:
+        fleet: Connected servers.
+        sources: Scans; drawn from as needed, so it may be endless. A None among them says that
+            the next may be long in coming: all before it is finished first.
+        workers: Pool that decodes.
+        batch_size: How many scans go into one request.
+        with_map: Whether items hold the activation map.
+
+    Yields:
+        Records as made by `chestct.report`.
+
+    Raises:
+        ServerError: The servers failed; what was finished before has been yielded.
+        ValueError: `batch_size` below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected at least 1")
+    batch_size = min(batch_size, fleet.max_batch_size)
+    most_ahead = 4 * (workers.num_workers + batch_size)
+    coming = iter(sources)
+    ahead: deque[tuple[Any, Future[_Decoded]]] = deque()
+    sent: deque[_Group] = deque()
+    group = _Group()
+    is_paused = is_ended = False
+    while True:
+        while len(ahead) < most_ahead and not (is_paused or is_ended):
+            try:
+                source = next(coming)
+            except StopIteration:
+                is_ended = True
             else:
+                is_paused = source is None
+                if source is not None:
+                    decoding = workers.submit(_decode, source, fleet.facts.window)
+                    ahead.append((source, decoding))
+        while sent and not sent[0].is_under_way():
+            yield from _finished(sent.popleft())
+        most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
+        num_under_way = sum(each.is_under_way() for each in sent)
+        has_room = num_under_way < most_sent and len(sent) < 4 * most_sent
+        if has_room and ahead:
+            group.add(_outcome(*ahead.popleft()))
+        if has_room and (group.is_full(batch_size) or (group.files and not ahead)):
+            group.send(fleet, with_map)
+            sent.append(group)
+            group = _Group()
+        elif sent and not (has_room and ahead):
+            yield from _finished(sent.popleft())
+        elif not (ahead or group.files):
+            if is_ended:
                 return
-    finally:
-        senders.shutdown(cancel_futures=True)
-        decoders.shutdown(cancel_futures=True)
+            is_paused = False
 
 
-def _decode(path: Path, window: Window) -> _Decoded:
+def _decode(source: Any, window: Window) -> _Decoded:
     start = time.perf_counter()
     scan: Scan | ScanDecodeError
     try:
-        scan = inspect_scan(path, window)
+        scan = inspect_scan(source, window)
     except ScanDecodeError as error:
         scan = error
-    return _Decoded(str(path), scan, 1000 * (time.perf_counter() - start))
+    return _Decoded(scan, 1000 * (time.perf_counter() - start))
 
 
-def _classified(client: ScanClient, batch: list[_Decoded]) -> _Outcome:
-    """The records of a batch in its order, those of its errors alone when the server failed."""
-    lines: dict[int, dict[str, Any]] = {}
-    scans: dict[int, Scan] = {}
-    for place, item in enumerate(batch):
-        if isinstance(item.scan, ScanDecodeError):
-            lines[place] = error_line(item.path, item.scan)
-        else:
-            scans[place] = item.scan
-    if scans:
-        start = time.perf_counter()
+def _outcome(source: Any, decoding: Future[_Decoded]) -> _File:
+    try:
+        decoded = decoding.result()
+    except WorkerCrashedError as error:
+        reason = f"decoding crashed ({error}). Export the slice again."
+    except CallTimeoutError as error:
+        reason = f"decoding was {error}. Export the slice again, or allow it more time."
+    else:
+        return _File(source, decoded.scan, decoded.decode_ms)
+    return _File(source, DecoderCrashedError(f"{source}: {reason}"), 0.0)
+
+
+def _finished(group: _Group) -> Iterator[tuple[Record, Item]]:
+    """Records and items of a group; those of its errors alone when the servers failed."""
+    failure: ServerError | None = None
+    if group.answer is not None:
         try:
-            pixels = np.stack([scan.pixels for scan in scans.values()])
-            predictions = client.classify(pixels, with_map=False)
+            predictions, infer_ms = group.answer.result()
         except ServerError as error:
-            return list(lines.values()), error
-        infer_ms = 1000 * (time.perf_counter() - start) / len(scans)
-        for index, (place, scan) in enumerate(scans.items()):
-            lines[place] = result_line(
-                batch[place].path,
+            failure = error
+    index = 0
+    for file in group.files:
+        if isinstance(file.scan, ScanDecodeError):
+            yield error_line(str(file.source), file.scan), Item(file.source)
+        elif failure is None:
+            maps = predictions.activation_map
+            record = result_line(
+                str(file.source),
                 predictions,
                 index,
-                decode_ms=batch[place].decode_ms,
-                infer_ms=infer_ms,
-                reasons=scan.reasons,
+                decode_ms=file.decode_ms,
+                infer_ms=infer_ms / group.num_scans,
+                reasons=file.scan.reasons,
             )
-    return [lines[place] for place in range(len(batch))], None
-
-
-def finished_paths(output: Path) -> set[str]:
-    """The paths with a whole record in an output file, so that a later run can pass over them.
-
-    A last line that was torn by a crash is cut off the file, which can be appended to after that.
-
-    Args:
-        output: File of JSON lines; a missing one holds nothing.
-
-    Returns:
-        `path` of each record, whether its status is `ok` or `error`.
-
-    Raises:
-        ValueError: The file holds something else; it is left as it is.
-        OSError: The file cannot be read or cut.
-    """
-    finished: set[str] = set()
-    if not output.exists():
-        return finished
-    whole_bytes = 0
-    with output.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                if not line.startswith(LINE_START) and not LINE_START.startswith(line):
-                    raise _foreign(output, number)
-                break
-            try:
-                record = json.loads(line)
-                if record["status"] not in ("ok", "error"):
-                    raise _foreign(output, number)
-                finished.add(record["path"])
-            except (ValueError, TypeError, KeyError):
-                raise _foreign(output, number) from None
-            whole_bytes += len(line)
-    if whole_bytes < output.stat().st_size:
-        os.truncate(output, whole_bytes)
-    return finished
-
-
-def _foreign(output: Path, number: int) -> ValueError:
-    return ValueError(f"{output}: line {number} is not a record of chestct classify")
+            activation_map = None if maps is None else maps[index]
+            yield record, Item(file.source, file.scan.pixels, activation_map, file.scan)
+            index += 1
+    if failure is not None:
+        raise failure
