@@ -16,7 +16,8 @@ from chestct.batch import classify_paths
 from chestct.client import ScanClient
 from chestct.contract import Window
 from chestct.errors import InferenceError, ServerUnavailableError
-from chestct.scan import Scan, inspect_scan, list_scans
+from chestct.scan import Slice, inspect_scans, list_scans
+from chestct.sources import Source
 
 
 @pytest.fixture
@@ -131,12 +132,12 @@ def test_each_processor_decodes_a_file(
 ) -> None:
     together = threading.Barrier(3, timeout=30)  # breaks where fewer are decoded at once
 
-    def inspect_together(path: Path, window: Window) -> Scan:
+    def inspect_together(source: Source, window: Window) -> Iterator[Slice]:
         together.wait()
-        return inspect_scan(path, window)
+        return inspect_scans(source, window)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    monkeypatch.setattr("chestct.batch.inspect_scan", inspect_together)
+    monkeypatch.setattr("chestct.batch.inspect_scans", inspect_together)
     lines = list(classify_paths(client, [scan_folder / "0 (1).png"] * 6, batch_size=3))
     assert [line["status"] for line in lines] == ["ok"] * 6
 
@@ -146,11 +147,11 @@ def test_dicom_is_shown_in_the_window_of_the_model(
 ) -> None:
     seen: list[Window] = []
 
-    def spy(path: Path, window: Window) -> Scan:
+    def spy(source: Source, window: Window) -> Iterator[Slice]:
         seen.append(window)
-        return inspect_scan(path, window)
+        return inspect_scans(source, window)
 
-    monkeypatch.setattr("chestct.batch.inspect_scan", spy)
+    monkeypatch.setattr("chestct.batch.inspect_scans", spy)
     grpc_peer.model.parameters["window_center_hu"] = "40.0"
     grpc_peer.model.parameters["window_width_hu"] = "400.0"
     with ScanClient(grpc_peer.url) as client:
@@ -177,7 +178,8 @@ def test_server_death_comes_after_what_is_finished(
     lines: list[dict[str, Any]] = []
     with ScanClient(peer.url, retries=0) as client, pytest.raises(ServerUnavailableError):
         lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
-    assert_only_first_batch_and_errors(lines)
+    # The first request may have been under way too.
+    assert [line["status"] for line in lines if line["status"] != "error"] in ([], ["ok"] * 3)
 
 
 def test_failed_batch_comes_after_what_is_finished(

@@ -22,6 +22,7 @@ from chestct.outputs import (
     JsonLines,
     ParquetFile,
     RecordFile,
+    folder_of,
     format_of,
     open_records,
 )
@@ -42,7 +43,30 @@ def error(path: str) -> dict[str, Any]:
     return error_line(path, ScanDecodeError(f'{path}: broken, "very"\nmuch'))
 
 
+def series(folder: str, number: int) -> dict[str, Any]:
+    return {
+        "path": folder,
+        "status": "ok",
+        "label": "normal",
+        "probabilities": {"large.cell": 0.1, "normal": 0.9},
+        "series": number,
+        "num_slices": 12,
+        "num_out_of_domain": 0,
+        "num_failed": 0,
+        "aggregation": {"rule": "mean", "num_slices": 3},
+        "slice": {"path": f"{folder}/1.dcm", "evidence": 0.1},
+        "gaps_mm": [[1.0, 3.5]],
+        "warnings": ["gaps: 1", "few slices: 12"],
+        "notice": "no",
+    }
+
+
+def in_series(path: str, number: int) -> dict[str, Any]:
+    return ok(path) | {"series": number}
+
+
 def written(output: Any, *records: dict[str, Any]) -> None:
+    output.start(LABELS)
     for record in records:
         output.add(record, NOTHING)
     output.close()
@@ -67,7 +91,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def opened(path: Path, *, resume: bool = False) -> Any:
-    return open_records(path, format_of(path), LABELS, resume=resume)
+    return open_records(path, format_of(path), resume=resume)
 
 
 def finished_in(path: Path) -> Finished:
@@ -114,14 +138,17 @@ def test_two_runs_do_not_write_to_one_file(path: Path) -> None:
 def test_file_of_another_model_is_left_alone(path: Path) -> None:
     written(opened(path), ok("a"))
     before = path.read_bytes()
+    again = opened(path, resume=True)
     if path.suffix == ".jsonl":
-        return  # its lines say for themselves which model made them
-    with pytest.raises(ValueError, match="Name another file"):
-        open_records(path, format_of(path), ("x", "y"), resume=True)
+        again.start(("x", "y"))  # its lines say for themselves which model made them
+    else:
+        with pytest.raises(ValueError, match=r"with other labels: .*another file"):
+            again.start(("x", "y"))
+    again.close()
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("make", [JsonLines, lambda path, **kw: CsvFile(path, LABELS, **kw)])
+@pytest.mark.parametrize("make", [JsonLines, CsvFile])
 def test_every_cut_can_be_continued(tmp_path: Path, make: Callable[..., RecordFile]) -> None:
     """Wherever the line was torn: what is whole stays, and the rest is made again."""
     path = tmp_path / "out"
@@ -166,7 +193,7 @@ def test_no_parquet_at_all(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     path.write_text("precious")
     with pytest.raises(ValueError, match="no Parquet file"):
-        ParquetFile(path, LABELS, resume=True)
+        ParquetFile(path, resume=True)
     assert path.read_text() == "precious"
 
 
@@ -188,8 +215,9 @@ def test_rows_hold_what_the_json_line_holds(path: Path) -> None:
 
 
 def test_csv_record_reads_back(tmp_path: Path) -> None:
-    output = CsvFile(tmp_path / "out.csv", LABELS)
-    for record in (ok("a", "small: very"), ok("b")):
+    output = CsvFile(tmp_path / "out.csv")
+    output.start(LABELS)
+    for record in (ok("a", "small: very"), ok("b"), series("c", 2)):
         assert output.decode(output.encode(record)) == record
     output.close()
 
@@ -198,7 +226,7 @@ def test_parquet_has_bounded_row_groups(tmp_path: Path, monkeypatch: pytest.Monk
     pq = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("chestct.outputs.ROW_GROUP_ROWS", 4)
     path = tmp_path / "out.parquet"
-    written(ParquetFile(path, LABELS), *(ok(str(index)) for index in range(10)))
+    written(ParquetFile(path), *(ok(str(index)) for index in range(10)))
     metadata = pq.ParquetFile(path).metadata
     assert [metadata.row_group(index).num_rows for index in range(3)] == [4, 4, 2]
     assert pq.read_schema(path).field("probabilities.normal").type == "double"
@@ -209,20 +237,21 @@ def test_parquet_killed_at_each_step_of_closing(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     path = tmp_path / "out.parquet"
     journal = tmp_path / "out.parquet.journal"
-    first = ParquetFile(path, LABELS)
+    first = ParquetFile(path)
+    first.start(LABELS)
     first.add(ok("a"), NOTHING)
     kept = journal.read_bytes()
     first.close()
     # Killed after the rename, before the journal went: its records are in the file already.
     journal.write_bytes(kept + json_text(ok("b")).encode()[:30])
-    again = ParquetFile(path, LABELS, resume=True)
+    again = ParquetFile(path, resume=True)
     assert len(again.finished) == 1
     written(again, ok("b"))
     assert [row["path"] for row in read_back(path)] == ["a", "b"]
     # Killed while the new file was being written.
     (tmp_path / "out.parquet.tmp").write_bytes(b"half")
     journal.write_text(json_text(ok("c")))
-    written(ParquetFile(path, LABELS, resume=True), ok("d"))
+    written(ParquetFile(path, resume=True), ok("d"))
     assert [row["path"] for row in read_back(path)] == ["a", "b", "c", "d"]
     assert sorted(os.listdir(tmp_path)) == ["out.parquet"]
 
@@ -230,4 +259,28 @@ def test_parquet_killed_at_each_step_of_closing(tmp_path: Path) -> None:
 def test_missing_pyarrow_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r'pip install "chestct\[parquet\]"'):
-        ParquetFile(tmp_path / "out.parquet", LABELS)
+        ParquetFile(tmp_path / "out.parquet")
+
+
+def test_slices_whose_series_has_no_record_are_pending(path: Path) -> None:
+    slices = [in_series("f/1.dcm", 1), in_series("f/2.dcm", 2), in_series("f/g/3.dcm#4", 1)]
+    written(opened(path), ok("p.png"), *slices)
+    assert set(finished_in(path).pending) == {"f/1.dcm", "f/2.dcm", "f/g/3.dcm#4"}
+    assert finished_in(path).pending["f/1.dcm"] == slices[0]
+    written(opened(path, resume=True), series("f", 1), series("f/g", 1))
+    finished = finished_in(path)
+    assert set(finished.pending) == {"f/2.dcm"}
+    assert [finished.has_series("f", number) for number in (1, 2)] == [True, False]
+    assert [bool(row["num_slices"]) for row in read_back(path) if "num_slices" in row][-2:] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [("a/b.dcm", "a"), ("b.dcm", "."), ("a/b.dcm#12", "a"), ("a/s.zip!x/y.dcm", "a/s.zip"),
+     ("a/s.ZIP!y", "a/s.ZIP"), ("/b", "/"), ("a!b/c", "a!b")],
+)  # fmt: skip
+def test_folder_of_a_record(path: str, folder: str) -> None:
+    assert folder_of(path) == folder

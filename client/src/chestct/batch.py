@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,9 +20,10 @@ from chestct.client import Predictions, ScanClient
 from chestct.contract import Window
 from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
 from chestct.fleet import Fleet
-from chestct.outputs import Item, Record
+from chestct.outputs import Finished, Item, Record
 from chestct.report import error_line, result_line
-from chestct.scan import Scan, inspect_scan
+from chestct.scan import Scan, Slice, inspect_scans
+from chestct.sources import Source
 from chestct.workers import CallTimeoutError, WorkerCrashedError, Workers
 
 __all__ = ["DECODE_LIMIT_S", "NUM_IN_THREADS", "classify_paths", "classify_sources", "new_workers"]
@@ -33,18 +33,28 @@ NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
 MAX_WORKERS = 32
 MOST_FILES = 4  # times the batch size: files in a group that holds few scans
 
-
-@dataclass(frozen=True)
-class _Decoded:
-    scan: Scan | ScanDecodeError
-    decode_ms: float
+_Decoded = tuple[list[Slice], float]  # the slices of a file, and ms for each
 
 
 @dataclass(frozen=True)
 class _File:
-    source: Any
-    scan: Scan | ScanDecodeError
+    """One slice of a file.
+
+    Attributes:
+        source: The file.
+        slice: The slice, or why there is none.
+        decode_ms: Time to read, decode, window and resize it.
+        record: What an earlier run has written of it; it is not sent again.
+    """
+
+    source: Source
+    slice: Slice
     decode_ms: float
+    record: Record | None = None
+
+    @property
+    def is_to_be_sent(self) -> bool:
+        return self.record is None and isinstance(self.slice.scan, Scan)
 
 
 @dataclass
@@ -57,14 +67,18 @@ class _Group:
 
     def add(self, file: _File) -> None:
         self.files.append(file)
-        self.num_scans += isinstance(file.scan, Scan)
+        self.num_scans += file.is_to_be_sent
 
     def is_full(self, batch_size: int) -> bool:
         return self.num_scans == batch_size or len(self.files) == MOST_FILES * batch_size
 
     def send(self, fleet: Fleet, with_map: bool) -> None:
         if self.num_scans:
-            pixels = [file.scan.pixels for file in self.files if isinstance(file.scan, Scan)]
+            pixels = [
+                file.slice.scan.pixels
+                for file in self.files
+                if file.is_to_be_sent and isinstance(file.slice.scan, Scan)
+            ]
             self.answer = fleet.submit(np.stack(pixels), with_map)
 
     def is_under_way(self) -> bool:
@@ -93,7 +107,8 @@ def classify_paths(
         ValueError: `batch_size` or `workers` below 1.
     """
     with new_workers(workers) as decoders, Fleet.like(client) as fleet:
-        for record, _ in classify_sources(fleet, paths, decoders, batch_size):
+        sources = map(Source, paths)
+        for record, _ in classify_sources(fleet, sources, decoders, batch_size):
             yield record
 
 
@@ -122,17 +137,19 @@ def new_workers(
 
 def classify_sources(
     fleet: Fleet,
-    sources: Iterable[Any],
+    sources: Iterable[Source | None],
     workers: Workers,
     batch_size: int = 8,
     *,
     with_map: bool = False,
+    finished: Finished | None = None,
 ) -> Iterator[tuple[Record, Item]]:
     """Record and origin of each scan, in the order of `sources`.
 
-    Held at once are: files that are being decoded or wait for it to be their turn, four times as
-    many as workers and scans in a batch together; and batches that are with the servers, or done
-    and behind one that is not, at most four times as many as requests.
+    Held at once are: files that are being decoded or wait for their turn, four times as many as
+    workers and scans in a batch together; and batches that are with the servers, or done and
+    behind one that is not, at most four times as many as requests. The slices of one file are
+    decoded together, 50 KB each.
 
     Args:
         fleet: Connected servers.
@@ -141,9 +158,11 @@ def classify_sources(
         workers: Pool that decodes.
         batch_size: How many scans go into one request.
         with_map: Whether items hold the activation map.
+        finished: What an earlier run has written: it is passed over, but for slices whose series
+            has no record yet. These are decoded and yielded with their old record.
 
     Yields:
-        Records as made by `chestct.report`.
+        Records as made by `chestct.report`, and what they were made from.
 
     Raises:
         ServerError: The servers failed; what was finished before has been yielded.
@@ -153,8 +172,10 @@ def classify_sources(
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     batch_size = min(batch_size, fleet.max_batch_size)
     most_ahead = 4 * (workers.num_workers + batch_size)
+    known = Finished() if finished is None else finished
     coming = iter(sources)
-    ahead: deque[tuple[Any, Future[_Decoded]]] = deque()
+    ahead: deque[tuple[Source, Future[_Decoded]]] = deque()
+    decoded: deque[_File] = deque()
     sent: deque[_Group] = deque()
     group = _Group()
     is_paused = is_ended = False
@@ -166,52 +187,58 @@ def classify_sources(
                 is_ended = True
             else:
                 is_paused = source is None
-                if source is not None:
-                    decoding = workers.submit(_decode, source, fleet.facts.window)
-                    ahead.append((source, decoding))
+                if source is not None and not _is_done(source, known):
+                    ahead.append((source, workers.submit(_decode, source, fleet.facts.window)))
         while sent and not sent[0].is_under_way():
             yield from _finished(sent.popleft())
         most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
         num_under_way = sum(each.is_under_way() for each in sent)
         has_room = num_under_way < most_sent and len(sent) < 4 * most_sent
-        if has_room and ahead:
-            group.add(_outcome(*ahead.popleft()))
-        if has_room and (group.is_full(batch_size) or (group.files and not ahead)):
+        if has_room and ahead and not decoded:
+            decoded.extend(_outcome(*ahead.popleft(), known))
+        while has_room and decoded and not group.is_full(batch_size):
+            group.add(decoded.popleft())
+        is_last = bool(group.files) and not (ahead or decoded)
+        if has_room and (group.is_full(batch_size) or is_last):
             group.send(fleet, with_map)
             sent.append(group)
             group = _Group()
         elif sent and not (has_room and ahead):
             yield from _finished(sent.popleft())
-        elif not (ahead or group.files):
+        elif not (ahead or decoded or group.files):
             if is_ended:
                 return
             is_paused = False
 
 
-def _decode(source: Any, window: Window) -> _Decoded:
+def _is_done(source: Source, known: Finished) -> bool:
+    return source.name in known and source.name not in known.pending
+
+
+def _decode(source: Source, window: Window) -> _Decoded:
     start = time.perf_counter()
-    scan: Scan | ScanDecodeError
-    try:
-        scan = inspect_scan(source, window)
-    except ScanDecodeError as error:
-        scan = error
-    return _Decoded(scan, 1000 * (time.perf_counter() - start))
+    slices = list(inspect_scans(source, window))
+    return slices, 1000 * (time.perf_counter() - start) / len(slices)
 
 
-def _outcome(source: Any, decoding: Future[_Decoded]) -> _File:
+def _outcome(source: Source, decoding: Future[_Decoded], known: Finished) -> list[_File]:
     try:
-        decoded = decoding.result()
-    except WorkerCrashedError as error:
-        reason = f"decoding crashed ({error}). Export the slice again."
-    except CallTimeoutError as error:
-        reason = f"decoding was {error}. Export the slice again, or allow it more time."
-    else:
-        return _File(source, decoded.scan, decoded.decode_ms)
-    return _File(source, DecoderCrashedError(f"{source}: {reason}"), 0.0)
+        slices, decode_ms = decoding.result()
+    except (WorkerCrashedError, CallTimeoutError) as error:
+        remedy = "Export the slice again"
+        if isinstance(error, CallTimeoutError):
+            remedy += ", or allow it more time"
+        crashed = DecoderCrashedError(f"{source.name}: decoding {error}. {remedy}.")
+        slices, decode_ms = [Slice(source.name, crashed)], 0.0
+    return [
+        _File(source, each, decode_ms, known.pending.get(each.name))
+        for each in slices
+        if each.name not in known or each.name in known.pending
+    ]
 
 
 def _finished(group: _Group) -> Iterator[tuple[Record, Item]]:
-    """Records and items of a group; those of its errors alone when the servers failed."""
+    """Records and items of a group; without those of its scans when the servers failed."""
     failure: ServerError | None = None
     if group.answer is not None:
         try:
@@ -220,20 +247,25 @@ def _finished(group: _Group) -> Iterator[tuple[Record, Item]]:
             failure = error
     index = 0
     for file in group.files:
-        if isinstance(file.scan, ScanDecodeError):
-            yield error_line(str(file.source), file.scan), Item(file.source)
+        name, scan = file.slice.name, file.slice.scan
+        if isinstance(scan, ScanDecodeError):
+            yield error_line(name, scan), Item(file.source)
+        elif file.record is not None:
+            yield file.record, Item(file.source, scan.pixels, None, scan)
         elif failure is None:
             maps = predictions.activation_map
             record = result_line(
-                str(file.source),
+                name,
                 predictions,
                 index,
                 decode_ms=file.decode_ms,
                 infer_ms=infer_ms / group.num_scans,
-                reasons=file.scan.reasons,
+                reasons=scan.reasons,
             )
-            activation_map = None if maps is None else maps[index]
-            yield record, Item(file.source, file.scan.pixels, activation_map, file.scan)
+            yield (
+                record,
+                Item(file.source, scan.pixels, None if maps is None else maps[index], scan),
+            )
             index += 1
     if failure is not None:
         raise failure

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,11 @@ __all__ = [
     "JsonLines",
     "Output",
     "ParquetFile",
+    "Record",
     "RecordFile",
+    "folder_of",
     "format_of",
+    "journal_of",
     "open_records",
 ]
 
@@ -45,6 +49,7 @@ LINE_START = b'{"path": '  # how `report.json_text` begins every record
 SYNC_PERIOD_S = 5.0  # a power cut costs at most the records of so long; they are made again
 ROW_GROUP_ROWS = 10_000  # bounds the memory of writing and of reading Parquet
 JOURNAL_SUFFIX = ".journal"
+_FRAME = re.compile(r"#\d+$")  # of a slice in a file of several frames
 
 Record = dict[str, Any]
 
@@ -97,16 +102,16 @@ class Output(Protocol):
 
 
 class Finished:
-    """What an earlier run has written: 16 bytes of digest a record, not the records.
+    """What an earlier run has written: a digest of 16 bytes for each record, not the records.
 
     Attributes:
-        last: Records of slices, by path, after the last record of a series or of another folder:
-            the series that the earlier run may not have got to.
+        pending: Records of slices, by path, whose series had no record yet when the run ended.
     """
 
     def __init__(self) -> None:
+        """Starts with nothing."""
         self._digests: set[bytes] = set()
-        self.last: dict[str, Record] = {}
+        self.pending: dict[str, Record] = {}
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -114,14 +119,50 @@ class Finished:
     def __contains__(self, path: str) -> bool:
         return _digest(path) in self._digests
 
+    def has_series(self, folder: str, number: int) -> bool:
+        """Whether the series of a folder has its record."""
+        return _digest(f"{folder}\0{number}") in self._digests
+
     def take(self, record: Record) -> None:
-        """Takes in one record."""
-        self._digests.add(_digest(record["path"]))
+        """Takes in one record, in the order of the run."""
+        path, number = record["path"], record.get("series")
+        if "num_slices" in record:
+            self._digests.add(_digest(f"{path}\0{number}"))
+            done = [
+                kept
+                for kept, slice_record in self.pending.items()
+                if slice_record["series"] == number and folder_of(kept) == path
+            ]
+            for kept in done:
+                del self.pending[kept]
+            return
+        self._digests.add(_digest(path))
+        if number is not None:
+            self.pending[path] = record
+
+    def has_record(self, record: Record) -> bool:
+        """Whether a record of the same slice or series was taken in."""
+        if "num_slices" in record:
+            return self.has_series(record["path"], record["series"])
+        return record["path"] in self
 
     def update(self, other: Finished) -> None:
-        """Takes in all that another one has."""
+        """Takes in all that another one has, from later in the run."""
         self._digests |= other._digests
-        self.last = other.last or self.last
+        self.pending = {
+            path: record
+            for path, record in (self.pending | other.pending).items()
+            if not self.has_series(folder_of(path), record["series"])
+        }
+
+
+def folder_of(path: str) -> str:
+    """The folder or archive that holds the scan of a record, by the `path` of the record."""
+    file = _FRAME.sub("", path)
+    archive, mark, _ = file.partition(".zip!") if ".zip!" in file else file.partition(".ZIP!")
+    if mark:
+        return archive + mark[:-1]
+    return os.path.dirname(file) or "."
 
 
 def _digest(text: str) -> bytes:
@@ -142,7 +183,7 @@ class RecordFile:
 
     wants_maps = False
     wants_series = False
-    header = b""
+    _has_header = False
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         """Opens the file, or makes it.
@@ -163,13 +204,19 @@ class RecordFile:
         try:
             _lock(self._file, path)
             self.finished = Finished() if is_device else self._read_finished()
-            if self.header and not self._file.tell():
-                self._write_all(self.header)
             self._sync()
             _sync_folder(path.parent)
         except BaseException:
             self._file.close()
             raise
+
+    def start(self, labels: Sequence[str]) -> None:
+        """Tells of which model the records will be; called once, before any is added.
+
+        Raises:
+            ValueError: The file holds those of a model with other labels.
+            OSError: It cannot be written.
+        """
 
     def encode(self, record: Record) -> bytes:
         """A record as one line."""
@@ -227,8 +274,8 @@ class RecordFile:
                     if line.strip(b"\0") and not self._may_be_torn(line, number):
                         raise _foreign(self.path, number)
                     break
-                if number == 1 and self.header:
-                    self._require_header(line)
+                if number == 1 and self._has_header:
+                    self._read_header(line)
                 else:
                     finished.take(self._decoded(line, number))
                 whole_bytes += len(line)
@@ -249,12 +296,8 @@ class RecordFile:
     def _may_be_torn(self, line: bytes, number: int) -> bool:
         return line.startswith(LINE_START) or LINE_START.startswith(line)
 
-    def _require_header(self, line: bytes) -> None:
-        if line != self.header:
-            raise ValueError(
-                f"{self.path}: its first line is not that of the results of this model, "
-                f"{self.header.decode().strip()}. Name another file."
-            )
+    def _read_header(self, line: bytes) -> None:
+        """Takes in the first line of a table."""
 
 
 class JsonLines(RecordFile):
@@ -268,11 +311,24 @@ class CsvFile(RecordFile):
     joined by `; `.
     """
 
-    def __init__(self, path: Path, labels: Sequence[str], *, resume: bool = False) -> None:
-        """As `RecordFile`, for a model with these labels."""
-        self._columns = columns_of(labels)
-        self.header = _csv_line([column.name for column in self._columns])
-        super().__init__(path, resume=resume)
+    _has_header = True
+    _columns: Sequence[Column] = ()
+
+    def start(self, labels: Sequence[str]) -> None:
+        """Writes the names of the columns, or compares them with those that are there."""
+        columns = columns_of(labels)
+        if not self._columns:
+            self._columns = columns
+            self._write_all(_csv_line([column.name for column in columns]))
+        elif self._columns != columns:
+            raise _other_model(self.path, self._columns)
+
+    def _read_header(self, line: bytes) -> None:
+        try:
+            (names,) = csv.reader([line.decode()], strict=True)
+            self._columns = _columns_named(names)
+        except (ValueError, csv.Error):
+            raise _foreign(self.path, 1) from None
 
     def encode(self, record: Record) -> bytes:
         """A record as one line."""
@@ -292,7 +348,8 @@ class CsvFile(RecordFile):
         return nested_record(values, self._columns)
 
     def _may_be_torn(self, line: bytes, number: int) -> bool:
-        return self.header.startswith(line) if number == 1 else True
+        start = _csv_line([column.name for column in columns_of(())][:3])[:-1]
+        return number > 1 or line.startswith(start) or start.startswith(line)
 
 
 class ParquetFile:
@@ -310,8 +367,8 @@ class ParquetFile:
     wants_maps = False
     wants_series = False
 
-    def __init__(self, path: Path, labels: Sequence[str], *, resume: bool = False) -> None:
-        """As `RecordFile`, for a model with these labels.
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """As `RecordFile`.
 
         Raises:
             FileExistsError: It is there and `resume` is false.
@@ -319,19 +376,24 @@ class ParquetFile:
             OSError: It cannot be read or written.
         """
         self.path = path
-        self._columns = columns_of(labels)
+        self._columns: Sequence[Column] = ()
         self._parquet = _pyarrow_parquet()
-        journal = path.with_name(path.name + JOURNAL_SUFFIX)
         if path.exists() and not resume:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         self._stored = Finished()
         if path.exists():
             for record in self._stored_records():
                 self._stored.take(record)
-        self._journal = JsonLines(journal, resume=resume)
+        self._journal = JsonLines(journal_of(path), resume=resume)
         self.finished = Finished()
         self.finished.update(self._stored)
         self.finished.update(self._journal.finished)
+
+    def start(self, labels: Sequence[str]) -> None:
+        """Tells of which model the records will be: see `RecordFile.start`."""
+        if self._columns and self._columns != columns_of(labels):
+            raise _other_model(self.path, self._columns)
+        self._columns = columns_of(labels)
 
     def add(self, record: Record, item: Item) -> None:
         """Appends a record."""
@@ -345,7 +407,12 @@ class ParquetFile:
         """Writes the Parquet file from the journal."""
         self._journal.close()
         journal, unfinished = self._journal.path, self.path.with_name(self.path.name + ".tmp")
-        if not journal.exists():
+        if not journal.exists():  # closed already
+            return
+        is_empty = not journal.stat().st_size
+        if not self._columns or (is_empty and self.path.exists()):  # or never started
+            if is_empty:
+                journal.unlink()
             return
         try:
             with self._parquet.ParquetWriter(unfinished, self._schema()) as writer:
@@ -367,7 +434,7 @@ class ParquetFile:
             for line in file:
                 record = self._journal.decode(line)
                 # A run killed after the rename and before the end of its journal wrote it already.
-                if record["path"] not in self._stored:
+                if not self._stored.has_record(record):
                     yield record
 
     def _schema(self) -> Any:
@@ -379,6 +446,7 @@ class ParquetFile:
             "number": pa.float64(),
             "count": pa.int64(),
             "truth": pa.bool_(),
+            "json": pa.string(),
         }
         return pa.schema([(column.name, types[column.kind]) for column in self._columns])
 
@@ -388,8 +456,9 @@ class ParquetFile:
         rows = [flat_record(record, self._columns) for record in records]
         columns = list(zip(*rows, strict=True))
         for index, column in enumerate(self._columns):
-            if column.kind == "text":
-                columns[index] = tuple(v if v is None else plain_text(v) for v in columns[index])
+            if column.kind in ("text", "json"):
+                to_text = plain_text if column.kind == "text" else json.dumps
+                columns[index] = tuple(v if v is None else to_text(v) for v in columns[index])
         schema = self._schema()
         arrays = [
             pa.array(values, type=field.type) for values, field in zip(columns, schema, strict=True)
@@ -401,16 +470,16 @@ class ParquetFile:
 
         try:
             with self._parquet.ParquetFile(self.path) as file:
-                if not file.schema_arrow.equals(self._schema()):
-                    raise ValueError(
-                        f"{self.path}: its columns are {', '.join(file.schema_arrow.names)}, which "
-                        "are not those of the results of this model. Name another file."
-                    )
+                self._columns = self._columns or _columns_named(file.schema_arrow.names)
                 for batch in file.iter_batches(ROW_GROUP_ROWS):
                     for row in batch.to_pylist():
-                        yield nested_record(list(row.values()), self._columns)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.path}: no Parquet file ({error})") from error
+                        values = [
+                            json.loads(value) if value and column.kind == "json" else value
+                            for value, column in zip(row.values(), self._columns, strict=True)
+                        ]
+                        yield nested_record(values, self._columns)
+        except (pa.ArrowInvalid, _ForeignColumnsError) as error:
+            raise ValueError(f"{self.path}: no Parquet file of chestct classify") from error
 
 
 def format_of(path: Path, chosen: str | None = None) -> str:
@@ -419,15 +488,35 @@ def format_of(path: Path, chosen: str | None = None) -> str:
     return chosen or by_suffix.get(path.suffix.lower(), "jsonl")
 
 
-def open_records(
-    path: Path, form: str, labels: Sequence[str], *, resume: bool = False
-) -> RecordFile | ParquetFile:
+def journal_of(path: Path) -> Path:
+    """Where the records of a Parquet file are until the end of the run."""
+    return path.with_name(path.name + JOURNAL_SUFFIX)
+
+
+def open_records(path: Path, form: str, *, resume: bool = False) -> RecordFile | ParquetFile:
     """The file of records in one of `FORMATS`; see `RecordFile` for the errors."""
-    if form == "csv":
-        return CsvFile(path, labels, resume=resume)
     if form == "parquet":
-        return ParquetFile(path, labels, resume=resume)
-    return JsonLines(path, resume=resume)
+        return ParquetFile(path, resume=resume)
+    return (CsvFile if form == "csv" else JsonLines)(path, resume=resume)
+
+
+class _ForeignColumnsError(ValueError):
+    """A table of something else."""
+
+
+def _columns_named(names: Sequence[str]) -> list[Column]:
+    labels = [name.partition(".")[2] for name in names if name.startswith("probabilities.")]
+    columns = columns_of(labels)
+    if [column.name for column in columns] != list(names):
+        raise _ForeignColumnsError("other columns")
+    return columns
+
+
+def _other_model(path: Path, columns: Sequence[Column]) -> ValueError:
+    names = ", ".join(c.name for c in columns if c.name.startswith("probabilities."))
+    return ValueError(
+        f"{path}: holds results of a model with other labels: {names}. Name another file."
+    )
 
 
 def _pyarrow_parquet() -> Any:
@@ -461,6 +550,8 @@ def _cell(value: Any, column: Column) -> str:
         return ""
     if column.kind == "texts":
         return plain_text("; ".join(value))
+    if column.kind == "json":
+        return json.dumps(value)
     if column.kind == "truth":
         return "true" if value else "false"
     return plain_text(value) if column.kind == "text" else repr(value)
@@ -471,6 +562,8 @@ def _value(cell: str, column: Column) -> Any:
         return None
     if column.kind == "texts":
         return cell.split("; ")
+    if column.kind == "json":
+        return json.loads(cell)
     if column.kind == "truth":
         return cell == "true"
     return {"text": str, "number": float, "count": int}[column.kind](cell)

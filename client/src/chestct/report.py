@@ -32,15 +32,18 @@ class Column:
 
     Attributes:
         name: Key of the record; `key.inner` for what stands in an object within it.
-        kind: What its values are; `texts` is a list of sentences.
+        kind: What its values are; `texts` is a list of sentences, `json` anything else.
     """
 
     name: str
-    kind: Literal["text", "texts", "number", "count", "truth"] = "text"
+    kind: Literal["text", "texts", "number", "count", "truth", "json"] = "text"
 
 
 def columns_of(labels: Sequence[str]) -> list[Column]:
-    """The columns of every record of a model with these labels, in order."""
+    """The columns of every record of a model with these labels, in order.
+
+    Those of series, as made by `chestct.series.series_record`, are among them.
+    """
     return [
         Column("path"),
         Column("status"),
@@ -55,7 +58,23 @@ def columns_of(labels: Sequence[str]) -> list[Column]:
         Column("ms.decode", "number"),
         Column("ms.infer", "number"),
         Column("error.type"),
+        Column("error.kind"),
         Column("error.message"),
+        Column("series", "count"),
+        Column("study_uid"),
+        Column("series_uid"),
+        Column("sop_uid"),
+        Column("num_slices", "count"),
+        Column("num_out_of_domain", "count"),
+        Column("num_failed", "count"),
+        Column("aggregation.rule"),
+        Column("aggregation.num_slices", "count"),
+        Column("slice.path"),
+        Column("slice.position_mm", "number"),
+        Column("slice.evidence", "number"),
+        Column("kernel"),
+        Column("gaps_mm", "json"),
+        Column("warnings", "texts"),
         Column("notice"),
     ]
 
@@ -150,11 +169,19 @@ def result_line(
 
 
 def error_line(path: str, error: Exception) -> dict[str, Any]:
-    """The record of a scan that could not be classified: `path`, `status`, `error`, `notice`."""
+    """The record of a scan that could not be classified: `path`, `status`, `error`, `notice`.
+
+    `error` holds `type`, `message` and, of what is no axial CT slice, the `kind` of thing it is.
+    """
+    kind = getattr(error, "kind", "")
     return {
         "path": path,
         "status": "error",
-        "error": {"type": type(error).__name__, "message": str(error)},
+        "error": {
+            "type": type(error).__name__,
+            **({"kind": kind} if kind else {}),
+            "message": str(error),
+        },
         "notice": NOT_A_MEDICAL_DEVICE,
     }
 
