@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.batch import classify_paths
+from chestct.batch import classify_paths, classify_sources, new_workers
 from chestct.client import ScanClient
 from chestct.contract import Window
 from chestct.errors import InferenceError, ServerUnavailableError
+from chestct.fleet import Fleet
 from chestct.scan import Slice, inspect_scans, list_scans
 from chestct.sources import Source
 
@@ -207,3 +210,52 @@ def test_many_scans_stay_with_their_files(
     lines = classify_paths(client, list_scans(tmp_path), batch_size=7, workers=4)
     labels = client.facts.labels
     assert [labels.index(line["label"]) for line in lines] == [int(mean) // 64 for mean in means]
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [("os.abort()", "ended by SIGABRT"), ("time.sleep(600)", "was not done within 2 s")],
+)
+def test_file_that_crashes_or_hangs_its_decoder_costs_one_record(
+    client: ScanClient,
+    scan_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: str,
+    said: str,
+) -> None:
+    (tmp_path / "bad_sources.py").write_text(
+        "import os, time\nfrom chestct.sources import Source\n"
+        f"class BadSource(Source):\n    def read(self):\n        {read}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bad_sources", raising=False)
+    bad = importlib.import_module("bad_sources").BadSource(tmp_path / "bad.dcm")
+    good = [Source(path) for path in list_scans(scan_folder)]
+    sources = [*good[:3], bad, *good[3:], *good]
+    with (
+        new_workers(2, limit_s=2.0, num_in_threads=0) as workers,
+        Fleet.like(client) as fleet,
+    ):
+        records = [record for record, _ in classify_sources(fleet, sources, workers, 3)]
+    assert [record["path"] for record in records] == [source.name for source in sources]
+    error = records[3]["error"]
+    assert error["type"] == "DecoderCrashedError"
+    assert said in error["message"]
+    assert [record["status"] for record in records].count("ok") == 10
+
+
+def test_pause_sends_what_there_is(client: ScanClient, scan_folder: Path) -> None:
+    drawn: list[int] = []
+
+    def coming() -> Iterator[Source | None]:
+        for index in range(3):
+            drawn.append(index)
+            yield Source(scan_folder / f"{index} (1).png")
+            yield None
+
+    with new_workers(1) as workers, Fleet.like(client) as fleet:
+        classified = classify_sources(fleet, coming(), workers, 4)
+        for index in range(3):
+            assert next(classified)[0]["status"] == "ok"
+            assert drawn == list(range(index + 1))

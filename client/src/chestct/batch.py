@@ -26,7 +26,17 @@ from chestct.scan import Scan, Slice, inspect_scans
 from chestct.sources import Source
 from chestct.workers import CallTimeoutError, WorkerCrashedError, Workers
 
-__all__ = ["DECODE_LIMIT_S", "NUM_IN_THREADS", "classify_paths", "classify_sources", "new_workers"]
+__all__ = [
+    "DECODE_LIMIT_S",
+    "NUM_IN_THREADS",
+    "DecodedFile",
+    "answered_files",
+    "classify_paths",
+    "classify_sources",
+    "decode_source",
+    "decoded_files",
+    "new_workers",
+]
 
 DECODE_LIMIT_S = 60.0
 NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
@@ -37,7 +47,7 @@ _Decoded = tuple[list[Slice], float]  # the slices of a file, and ms for each
 
 
 @dataclass(frozen=True)
-class _File:
+class DecodedFile:
     """One slice of a file.
 
     Attributes:
@@ -54,6 +64,7 @@ class _File:
 
     @property
     def is_to_be_sent(self) -> bool:
+        """Whether the server has yet to say something of it."""
         return self.record is None and isinstance(self.slice.scan, Scan)
 
 
@@ -61,11 +72,11 @@ class _File:
 class _Group:
     """Files in their order, and the one request that holds the scans among them."""
 
-    files: list[_File] = field(default_factory=list)
+    files: list[DecodedFile] = field(default_factory=list)
     num_scans: int = 0
     answer: Future[tuple[Predictions, float]] | None = None
 
-    def add(self, file: _File) -> None:
+    def add(self, file: DecodedFile) -> None:
         self.files.append(file)
         self.num_scans += file.is_to_be_sent
 
@@ -175,7 +186,7 @@ def classify_sources(
     known = Finished() if finished is None else finished
     coming = iter(sources)
     ahead: deque[tuple[Source, Future[_Decoded]]] = deque()
-    decoded: deque[_File] = deque()
+    decoded: deque[DecodedFile] = deque()
     sent: deque[_Group] = deque()
     group = _Group()
     is_paused = is_ended = False
@@ -188,14 +199,16 @@ def classify_sources(
             else:
                 is_paused = source is None
                 if source is not None and not _is_done(source, known):
-                    ahead.append((source, workers.submit(_decode, source, fleet.facts.window)))
+                    ahead.append(
+                        (source, workers.submit(decode_source, source, fleet.facts.window))
+                    )
         while sent and not sent[0].is_under_way():
             yield from _finished(sent.popleft())
         most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
         num_under_way = sum(each.is_under_way() for each in sent)
         has_room = num_under_way < most_sent and len(sent) < 4 * most_sent
         if has_room and ahead and not decoded:
-            decoded.extend(_outcome(*ahead.popleft(), known))
+            decoded.extend(decoded_files(*ahead.popleft(), known))
         while has_room and decoded and not group.is_full(batch_size):
             group.add(decoded.popleft())
         is_last = bool(group.files) and not (ahead or decoded)
@@ -215,13 +228,24 @@ def _is_done(source: Source, known: Finished) -> bool:
     return source.name in known and source.name not in known.pending
 
 
-def _decode(source: Source, window: Window) -> _Decoded:
+def decode_source(source: Source, window: Window) -> _Decoded:
+    """The slices of a file, and how many ms each took."""
     start = time.perf_counter()
     slices = list(inspect_scans(source, window))
     return slices, 1000 * (time.perf_counter() - start) / len(slices)
 
 
-def _outcome(source: Source, decoding: Future[_Decoded], known: Finished) -> list[_File]:
+def decoded_files(
+    source: Source, decoding: Future[_Decoded], known: Finished | None = None
+) -> list[DecodedFile]:
+    """What came of decoding a file, a crash or a lapse of time among it.
+
+    Args:
+        source: The file.
+        decoding: Future of `decode_source`, from `chestct.workers.Workers`.
+        known: What an earlier run has written; those of its slices are left out whose series has
+            its record too.
+    """
     try:
         slices, decode_ms = decoding.result()
     except (WorkerCrashedError, CallTimeoutError) as error:
@@ -230,11 +254,26 @@ def _outcome(source: Source, decoding: Future[_Decoded], known: Finished) -> lis
             remedy += ", or allow it more time"
         crashed = DecoderCrashedError(f"{source.name}: decoding {error}. {remedy}.")
         slices, decode_ms = [Slice(source.name, crashed)], 0.0
+    if known is None:
+        return [DecodedFile(source, each, decode_ms) for each in slices]
     return [
-        _File(source, each, decode_ms, known.pending.get(each.name))
+        DecodedFile(source, each, decode_ms, known.pending.get(each.name))
         for each in slices
         if each.name not in known or each.name in known.pending
     ]
+
+
+def answered_files(
+    fleet: Fleet, files: list[DecodedFile], with_map: bool
+) -> list[tuple[Record, Item]]:
+    """Record and origin of each of some files, by one request.
+
+    Raises:
+        ServerError: The servers failed.
+    """
+    group = _Group(files, sum(file.is_to_be_sent for file in files))
+    group.send(fleet, with_map)
+    return list(_finished(group))
 
 
 def _finished(group: _Group) -> Iterator[tuple[Record, Item]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from chestct.outputs import (
 from chestct.report import json_text, plain_text
 from chestct.scan import SCAN_SUFFIXES
 from chestct.sources import Source
+from chestct.workers import Workers
 
 __all__ = ["entry_point", "main"]
 
@@ -227,6 +229,18 @@ def _add_classify_arguments(classify: argparse.ArgumentParser) -> None:
         help=f"decode the first {NUM_IN_THREADS} files in other processes too",
     )
     speed.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where to decode and to ask the servers from: here, or on a Ray cluster (%(default)s)",
+    )
+    speed.add_argument(
+        "--ray-address",
+        default="",
+        metavar="ADDRESS",
+        help="of the Ray cluster (one is started on this machine)",
+    )
+    speed.add_argument(
         "--patience-s",
         type=float,
         default=3.0,
@@ -285,6 +299,10 @@ def _classify(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise _UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if arguments.watch and arguments.engine != "local":
+        raise _UsageError("--watch works with --engine local only")
+    if arguments.engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise _UsageError('--engine ray needs Ray: pip install "chestct[ray]"')
     fleet = _fleet(arguments)
     num_in_threads = 0 if arguments.isolate else NUM_IN_THREADS
     try:
@@ -313,19 +331,41 @@ def _classify(arguments: argparse.Namespace) -> int:
         stack.enter_context(fleet)
         outputs = _outputs(arguments, fleet, records, stack)
         run = _Run(arguments, fleet, outputs, finished, stack)
-        for record, item in classify_sources(
-            fleet,
-            chain(first, left),
-            workers,
-            arguments.batch_size,
-            with_map=any(output.wants_maps for output in outputs),
-            finished=finished,
-        ):
+        for record, item in _classified(arguments, fleet, chain(first, left), workers, run):
             if run.take(record, item) and arguments.fail_fast:
                 break
         else:
             run.end_series(None)
     return SOME_FAILED if run.tally.num_failed else DONE
+
+
+def _classified(
+    arguments: argparse.Namespace,
+    fleet: Fleet,
+    sources: Iterable[Source | None],
+    workers: Workers,
+    run: _Run,
+) -> Iterator[tuple[Record, Item]]:
+    if arguments.engine == "local":
+        return classify_sources(
+            fleet,
+            sources,
+            workers,
+            arguments.batch_size,
+            with_map=run.wants_maps,
+            finished=run.finished,
+        )
+    from chestct.cluster import RayOptions, classify_on_ray
+
+    options = RayOptions(
+        arguments.ray_address,
+        num_decoders=workers.num_workers,
+        num_senders=len(fleet.urls),
+        decode_limit_s=arguments.decode_limit_s,
+        batch_size=min(arguments.batch_size, fleet.max_batch_size),
+        with_map=run.wants_maps,
+    )
+    return classify_on_ray(fleet, sources, options, run.finished)
 
 
 @contextlib.contextmanager
@@ -450,7 +490,8 @@ class _Run:
         stack: contextlib.ExitStack,
     ) -> None:
         self._outputs = outputs
-        self._finished = finished
+        self.finished = finished
+        self.wants_maps = any(output.wants_maps for output in outputs)
         self._has_series = not arguments.no_series
         self._table = None if arguments.json else _Table(fleet.facts.labels)
         self.tally = stack.enter_context(
@@ -468,7 +509,7 @@ class _Run:
     def take(self, record: Record, item: Item) -> bool:
         """Hands a record to everyone; whether it is that of a scan that failed."""
         self.end_series(record["path"])
-        is_new = record["path"] not in self._finished
+        is_new = record["path"] not in self.finished
         record = self._gatherer.add(record, item)
         if not is_new:
             return False

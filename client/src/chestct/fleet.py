@@ -154,9 +154,12 @@ class Fleet:
             raise ValueError(f"addresses {', '.join(urls) or '(none)'}: expected different ones")
         if patience_s < 0:
             raise ValueError(f"patience_s is {patience_s}: expected 0 or more seconds")
+        self.urls = tuple(urls)
         self.model = model
-        self._patience_s = patience_s
-        self._connect_timeout_s = connect_timeout_s
+        self.timeout_s = timeout_s
+        self.connect_timeout_s = connect_timeout_s
+        self.tls = tls
+        self.patience_s = patience_s
         self._servers = [
             _Server(
                 AsyncScanClient(
@@ -283,7 +286,7 @@ class Fleet:
     async def _connect(self) -> None:
         self._change = asyncio.Condition()
         joining = {asyncio.create_task(self._join(server)): server for server in self._servers}
-        waiting, limit_s = set(joining), self._connect_timeout_s + 1
+        waiting, limit_s = set(joining), self.connect_timeout_s + 1
         refused: ServerError | None = None
         while waiting:
             done, waiting = await asyncio.wait(
@@ -379,7 +382,7 @@ class Fleet:
             if not self.well_urls:
                 now_s = time.monotonic()
                 ill_since_s = ill_since_s or now_s
-                limit_s = self._patience_s - (now_s - ill_since_s)
+                limit_s = self.patience_s - (now_s - ill_since_s)
                 if limit_s <= 0:
                     raise self._last_error or ServerUnavailableError("no server is well")
             else:

@@ -168,7 +168,7 @@ class _Process:
             return pickle.load(stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             if self._was_late:
-                raise CallTimeoutError(f"not done within {limit_s:g} s") from error
+                raise CallTimeoutError(f"was not done within {limit_s:g} s") from error
             raise WorkerCrashedError(self._end_in_words()) from error
         finally:
             self._deadline_s = None
