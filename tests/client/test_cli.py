@@ -637,3 +637,33 @@ def test_overlays_and_page(grpc_peer: Any, study: Path, tmp_path: Path) -> None:
     assert "://" not in text.replace(grpc_peer.url, "")
     assert NOT_A_MEDICAL_DEVICE in text
     assert "holds images of patients" in text
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a folder where none may write")
+def test_output_where_nothing_can_be_written(
+    grpc_peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify(good_folder, "--url", grpc_peer.url, "--output", "/proc/out.jsonl") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("chestct: cannot write the results: ")
+    assert grpc_peer.model.requests == []
+
+
+def test_several_servers(
+    make_peer: Callable[..., Any], good_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers = [make_peer("grpc"), make_peer("grpc")]
+    urls = [part for peer in peers for part in ("--url", peer.url)]
+    assert classify(good_folder, *urls, "--batch-size", 1) == 0
+    assert sum(len(peer.model.requests) for peer in peers) == 5
+    peers[1].model.parameters["training_run"] = "run-8"
+    assert classify(good_folder, *urls) == 3
+    assert "is not that of the other servers: run is" in capsys.readouterr().err
+
+
+def test_engine_ray_without_ray(
+    good_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert classify(good_folder, "--engine", "ray") == 2
+    assert 'pip install "chestct[ray]"' in capsys.readouterr().err

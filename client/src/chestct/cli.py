@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from chestct import __version__
 from chestct.batch import DECODE_LIMIT_S, NUM_IN_THREADS, classify_sources, new_workers
@@ -40,6 +40,9 @@ from chestct.report import json_text, plain_text
 from chestct.scan import SCAN_SUFFIXES
 from chestct.sources import Source
 from chestct.workers import Workers
+
+if TYPE_CHECKING:
+    from chestct.cluster import RayCluster
 
 __all__ = ["entry_point", "main"]
 
@@ -303,7 +306,7 @@ def _classify(arguments: argparse.Namespace) -> int:
         raise _UsageError("--watch works with --engine local only")
     if arguments.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise _UsageError('--engine ray needs Ray: pip install "chestct[ray]"')
-    fleet = _fleet(arguments)
+    fleet, stdout = _fleet(arguments), sys.stdout
     num_in_threads = 0 if arguments.isolate else NUM_IN_THREADS
     try:
         workers = new_workers(
@@ -327,11 +330,21 @@ def _classify(arguments: argparse.Namespace) -> int:
         if not first:
             _say(f"nothing to do: all scans are in {arguments.output}")
             return DONE
+        cluster = None
+        if arguments.engine == "ray":
+            cluster = stack.enter_context(_cluster(arguments, fleet, workers))
         stack.enter_context(workers)
         stack.enter_context(fleet)
         outputs = _outputs(arguments, fleet, records, stack)
-        run = _Run(arguments, fleet, outputs, finished, stack)
-        for record, item in _classified(arguments, fleet, chain(first, left), workers, run):
+        run = _Run(arguments, fleet, outputs, finished, stack, stdout)
+        chosen, with_map = chain(first, left), any(output.wants_maps for output in outputs)
+        if cluster is not None:
+            classified = cluster.classify(fleet, chosen, with_map=with_map, finished=finished)
+        else:
+            classified = classify_sources(
+                fleet, chosen, workers, arguments.batch_size, with_map=with_map, finished=finished
+            )
+        for record, item in classified:
             if run.take(record, item) and arguments.fail_fast:
                 break
         else:
@@ -339,33 +352,18 @@ def _classify(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if run.tally.num_failed else DONE
 
 
-def _classified(
-    arguments: argparse.Namespace,
-    fleet: Fleet,
-    sources: Iterable[Source | None],
-    workers: Workers,
-    run: _Run,
-) -> Iterator[tuple[Record, Item]]:
-    if arguments.engine == "local":
-        return classify_sources(
-            fleet,
-            sources,
-            workers,
-            arguments.batch_size,
-            with_map=run.wants_maps,
-            finished=run.finished,
-        )
-    from chestct.cluster import RayOptions, classify_on_ray
+def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: Workers) -> RayCluster:
+    from chestct.cluster import RayCluster, RayOptions
 
-    options = RayOptions(
-        arguments.ray_address,
-        num_decoders=workers.num_workers,
-        num_senders=len(fleet.urls),
-        decode_limit_s=arguments.decode_limit_s,
-        batch_size=min(arguments.batch_size, fleet.max_batch_size),
-        with_map=run.wants_maps,
+    return RayCluster(
+        RayOptions(
+            arguments.ray_address,
+            num_decoders=workers.num_workers,
+            num_senders=len(fleet.urls),
+            decode_limit_s=arguments.decode_limit_s,
+            batch_size=arguments.batch_size,
+        )
     )
-    return classify_on_ray(fleet, sources, options, run.finished)
 
 
 @contextlib.contextmanager
@@ -488,12 +486,13 @@ class _Run:
         outputs: Sequence[Output],
         finished: Finished,
         stack: contextlib.ExitStack,
+        stream: TextIO,
     ) -> None:
         self._outputs = outputs
+        self._stream = stream
         self.finished = finished
-        self.wants_maps = any(output.wants_maps for output in outputs)
         self._has_series = not arguments.no_series
-        self._table = None if arguments.json else _Table(fleet.facts.labels)
+        self._table = None if arguments.json else _Table(fleet.facts.labels, stream)
         self.tally = stack.enter_context(
             _Tally(fleet, arguments.paths, has_table=self._table is not None)
         )
@@ -527,17 +526,18 @@ class _Run:
 
     def _show(self, record: Record) -> bool:
         if self._table is None:
-            sys.stdout.write(json_text(record))
+            self._stream.write(json_text(record))
         else:
             self._table.write(record)
-        sys.stdout.flush()
+        self._stream.flush()
         return self.tally.add(record)
 
 
 class _Table:
     """Rows on stdout; path and reasons stand last, so that they align without knowing all."""
 
-    def __init__(self, labels: Sequence[str]) -> None:
+    def __init__(self, labels: Sequence[str], stream: TextIO) -> None:
+        self._stream = stream
         self._width = max(len(label) for label in (*labels, "label"))
         self._row("label", "probability", "in domain", "path")
 
@@ -560,12 +560,12 @@ class _Table:
     def sign(self, signature: Sequence[str]) -> None:
         """Ends the table: it may be kept without what stderr says."""
         for text in signature:
-            sys.stdout.write(_printable(text, sys.stdout) + "\n")
-        sys.stdout.flush()
+            self._stream.write(_printable(text, self._stream) + "\n")
+        self._stream.flush()
 
     def _row(self, label: str, probability: str, in_domain: str, text: str) -> None:
         row = f"{label:<{self._width}}  {probability:>11}  {in_domain:<9}  {text}"
-        sys.stdout.write(_printable(row, sys.stdout) + "\n")
+        self._stream.write(_printable(row, self._stream) + "\n")
 
 
 class _Tally:

@@ -6,13 +6,15 @@ else (outputs, series, going on after a crash) is that of one machine.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 from chestct.batch import DecodedFile, answered_files, decode_source, decoded_files, new_workers
 from chestct.client import TLSOptions
@@ -22,7 +24,7 @@ from chestct.fleet import Fleet
 from chestct.outputs import Finished, Item, Record
 from chestct.sources import Source
 
-__all__ = ["RayOptions", "classify_on_ray"]
+__all__ = ["RayCluster", "RayOptions"]
 
 SOURCES_AT_ONCE = 10_000  # of which Ray knows the names: what bounds the memory of this process
 BLOCK_FILES = 32  # what goes to a decoder at a time, and is done again when its machine is lost
@@ -39,7 +41,6 @@ class RayOptions:
         num_senders: Processes that ask the servers.
         decode_limit_s: How long one file may take to decode.
         batch_size: How many scans go into one request.
-        with_map: Whether items hold pixels and activation map.
     """
 
     address: str = ""
@@ -47,7 +48,6 @@ class RayOptions:
     num_senders: int = 1
     decode_limit_s: float = 60.0
     batch_size: int = 8
-    with_map: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,43 +70,97 @@ class _Servers:
         )
 
 
-def classify_on_ray(
-    fleet: Fleet,
-    sources: Iterable[Source | None],
-    options: RayOptions,
-    finished: Finished | None = None,
-) -> Iterator[tuple[Record, Item]]:
-    """Record and origin of each scan, in the order of `sources`: see `classify_sources`.
+class RayCluster:
+    """A connection to a Ray cluster, or one started on this machine, as a context manager.
 
-    A file that crashes its decoder is a record of that; the work of a machine that is lost is done
-    again on another one. A `ServerError` on a machine comes back as Ray's error, which names it.
-
-    Args:
-        fleet: Connected servers; the machines of the cluster use the same addresses.
-        sources: Scans; the machines have to see them under the same paths.
-        options: How to work.
-        finished: What an earlier run has written.
-
-    Raises:
-        ValueError: Ray is not installed.
-        ServerError: The servers failed; what was finished before has been yielded.
+    It has to be entered before any server is asked over gRPC: Ray starts its processes by a fork,
+    which does not end well in a process with threads of gRPC. While it is entered, `sys.stdout` is
+    `sys.stderr`: Ray prints there what befalls its processes.
     """
-    ray = _started_ray(options)
-    known = Finished() if finished is None else finished
-    servers = _Servers(
-        fleet.urls, fleet.model, fleet.timeout_s, fleet.connect_timeout_s, fleet.tls,
-        fleet.patience_s,
-    )  # fmt: skip
-    coming = (source for source in sources if source is not None)
-    try:
-        while some := list(islice(coming, SOURCES_AT_ONCE)):
-            yield from _classified(ray, some, servers, fleet.facts.window, options, known)
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[-300:]
-        raise ServerError(f"the Ray cluster gave up: {reason}") from error
-    finally:
-        if not options.address:
-            ray.shutdown()
+
+    def __init__(self, options: RayOptions) -> None:
+        """Connects to nothing yet."""
+        self._options = options
+        self._ray: Any = None
+
+    def __enter__(self) -> Self:
+        self._ray = _started_ray(self._options)
+        self._redirection = contextlib.redirect_stdout(sys.stderr)
+        self._redirection.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._redirection.__exit__(None, None, None)
+        self._ray.shutdown()
+
+    def classify(
+        self,
+        fleet: Fleet,
+        sources: Iterable[Source | None],
+        *,
+        with_map: bool = False,
+        finished: Finished | None = None,
+    ) -> Iterator[tuple[Record, Item]]:
+        """Record and origin of each scan, in the order of `sources`: see `classify_sources`.
+
+        A file that crashes its decoder is a record of that; the work of a process or machine that
+        is lost is done again by another one.
+
+        Args:
+            fleet: Connected servers; the machines of the cluster ask the same addresses.
+            sources: Scans; the machines have to see them under the same paths.
+            with_map: Whether items hold pixels and activation map.
+            finished: What an earlier run has written.
+
+        Raises:
+            ServerError: Servers or cluster failed; what was finished before has been yielded.
+        """
+        known = Finished() if finished is None else finished
+        servers = _Servers(
+            fleet.urls, fleet.model, fleet.timeout_s, fleet.connect_timeout_s, fleet.tls,
+            fleet.patience_s,
+        )  # fmt: skip
+        coming = (source for source in sources if source is not None)
+        try:
+            while some := list(islice(coming, SOURCES_AT_ONCE)):
+                for record, item in self._results(some, servers, fleet.facts.window, with_map):
+                    path = record["path"]
+                    if path in known.pending:
+                        yield known.pending[path], item
+                    elif path not in known:
+                        yield record, item
+        except self._ray.exceptions.RayError as error:
+            reason = " ".join(str(error.__cause__ or error).split())[-300:]
+            raise ServerError(f"the Ray cluster gave up: {reason}") from error
+
+    def _results(
+        self, sources: list[Source], servers: _Servers, window: Window, with_map: bool
+    ) -> Iterator[tuple[Record, Item]]:
+        options, data = self._options, self._ray.data
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        rows = [{"source": pickle.dumps(source)} for source in sources]
+        num_blocks = min(len(rows), max(options.num_decoders, len(rows) // BLOCK_FILES))
+        results = (
+            data.from_items(rows, override_num_blocks=num_blocks)
+            .map_batches(
+                _Decoder,
+                fn_constructor_args=(window, options.decode_limit_s),
+                batch_size=BLOCK_FILES,
+                concurrency=options.num_decoders,
+                num_cpus=1,
+            )
+            .map_batches(
+                _Sender,
+                fn_constructor_args=(servers, with_map),
+                batch_size=options.batch_size,
+                concurrency=options.num_senders,
+                num_cpus=1,
+            )
+        )
+        for row in results.iter_rows():
+            yield pickle.loads(row["result"])
 
 
 def _started_ray(options: RayOptions) -> Any:
@@ -118,8 +172,7 @@ def _started_ray(options: RayOptions) -> Any:
         raise ValueError(
             'the engine ray needs Ray, which is not installed: pip install "chestct[ray]"'
         ) from error
-    if ray.is_initialized():
-        return ray
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if options.address:
         ray.init(address=options.address, **quiet)
@@ -133,45 +186,6 @@ def _started_ray(options: RayOptions) -> Any:
         **quiet,
     )
     return ray
-
-
-def _classified(
-    ray: Any,
-    sources: list[Source],
-    servers: _Servers,
-    window: Window,
-    options: RayOptions,
-    known: Finished,
-) -> Iterator[tuple[Record, Item]]:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    rows = [{"source": pickle.dumps(source)} for source in sources]
-    blocks = max(1, len(rows) // BLOCK_FILES)
-    results = (
-        ray.data.from_items(rows, override_num_blocks=blocks)
-        .map_batches(
-            _Decoder,
-            fn_constructor_args=(window, options.decode_limit_s),
-            batch_size=BLOCK_FILES,
-            concurrency=options.num_decoders,
-            num_cpus=1,
-        )
-        .map_batches(
-            _Sender,
-            fn_constructor_args=(servers, options.with_map),
-            batch_size=options.batch_size,
-            concurrency=options.num_senders,
-            num_cpus=1,
-        )
-    )
-    for row in results.iter_rows():
-        record, item = pickle.loads(row["result"])
-        path = record["path"]
-        if path in known.pending:
-            yield known.pending[path], item
-        elif path not in known:
-            yield record, item
 
 
 class _Decoder:
