@@ -3,6 +3,7 @@
 ChestCTError
 +-- ScanDecodeError          a file is not a readable axial slice
 |   +-- OutOfDomainError     a DICOM file whose tags say that it is no axial CT slice
+|   +-- DecoderCrashedError  decoding ended the process that it ran in, or ran too long
 +-- ServerError
     +-- ServerUnavailableError   nobody answers, or the model is not ready
     +-- InferenceTimeoutError    the deadline passed
@@ -13,6 +14,7 @@ ChestCTError
 __all__ = [
     "ChestCTError",
     "ContractError",
+    "DecoderCrashedError",
     "InferenceError",
     "InferenceTimeoutError",
     "OutOfDomainError",
@@ -43,6 +45,10 @@ class OutOfDomainError(ScanDecodeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class DecoderCrashedError(ScanDecodeError):
+    """A file whose decoding ended the process that it ran in, or did not end in its time."""
 
 
 class ServerError(ChestCTError):
