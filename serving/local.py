@@ -42,6 +42,7 @@ HOST = "127.0.0.1"
 SUPPORTED_PYTHONS = ("3.11", "3.12")  # what numpy 1.26 and the wheel's backend processes share
 REMEDY = "Run `make environments`"
 BACKENDS = Path(__file__).parent / "backends"
+CLIENT = Path(__file__).parents[1] / "client" / "src" / "chestct"
 PROBE_TIMEOUT_S = 30.0
 RESTART_LIMIT = 3
 RESTART_WINDOW_S = 300.0
@@ -185,6 +186,13 @@ def _write_backends(installation: Installation, folder: Path) -> None:
     for backend in BACKENDS.iterdir():
         shutil.copytree(
             backend, folder / backend.name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    if CLIENT.is_dir():
+        # A copy, so that what runs does not change with the checkout.
+        shutil.copytree(
+            CLIENT,
+            folder / "chestct_scan" / "chestct",
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
 
 

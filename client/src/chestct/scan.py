@@ -36,6 +36,7 @@ __all__ = [
     "Scan",
     "apply_window",
     "decode_scan",
+    "inspect_bytes",
     "inspect_scan",
     "list_scans",
     "load_grey",
@@ -200,7 +201,22 @@ def inspect_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> 
         OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    grey, source = _decode(_read_file(path), os.fspath(path), window)
+    return inspect_bytes(_read_file(path), os.fspath(path), window)
+
+
+def inspect_bytes(data: bytes, name: str, window: Window = LUNG_WINDOW) -> Scan:
+    """What `inspect_scan` gives, from the bytes of the file.
+
+    Args:
+        data: The whole file; its kind is told by its content, not by its name.
+        name: Name for error messages.
+        window: Window for DICOM slices; pictures are windowed already.
+
+    Raises:
+        OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
+        ScanDecodeError: The bytes are no readable single grey slice.
+    """
+    grey, source = _decode(data, name, window)
     with _without_warnings:
         if isinstance(source, Image.Image):
             reasons = picture_reasons(source, grey)
