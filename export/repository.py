@@ -493,7 +493,7 @@ def _publish(
             shutil.copyfile(source, temporary / name)
         for name, text in texts(version).items():
             (temporary / name).write_text(text, encoding="utf-8")
-    _serve(folder, version)
+    serve(folder, version)
     for old in sorted(_versions(folder))[:-keep_versions]:
         shutil.rmtree(folder / str(old))
     logger.info("wrote %s version %d", folder, version)
@@ -654,7 +654,7 @@ def roll_back(folder: Path) -> int:
     earlier = [version for version in _versions(folder) if version < served]
     if not earlier:
         raise ValueError(f"{folder}: no version before {served} to go back to")
-    _serve(folder, max(earlier))
+    serve(folder, max(earlier))
     if folder.name == MODEL_NAME:
         follow(folder.parent)
     logger.info("%s serves version %d again", folder, max(earlier))
@@ -668,7 +668,12 @@ def served_version(folder: Path) -> int | None:
     return int(_served_message(folder).version_policy.specific.versions[0])
 
 
-def _serve(folder: Path, version: int) -> None:
+def serve(folder: Path, version: int) -> None:
+    """Make `version` the one that the model folder's `config.pbtxt` names.
+
+    Raises:
+        OSError: The repository cannot be written.
+    """
     # config.pbtxt last: until then publishing again starts anew.
     on_cpu = folder / str(version) / "cpu.pbtxt"
     if on_cpu.is_file():

@@ -51,6 +51,7 @@ _PORT_ATTEMPTS = 5
 _GUARD = "--guard"
 _KILL = signal.SIGUSR1  # to the guard: end the server without draining
 _ADMIN_HEADER = "admin-key"
+ADMIN_KEY = "CHESTCT_ADMIN_KEY"
 _RESTRICTED = "model-repository,trace,logging"
 _ELEMENT_BYTES = {
     "BOOL": 1,
@@ -196,10 +197,14 @@ def _write_backends(installation: Installation, folder: Path) -> None:
         )
 
 
+def _models_of(repository: Path) -> list[str]:
+    return sorted(config.parent.name for config in repository.glob("*/config.pbtxt"))
+
+
 def _check_repository(repository: Path, models: Sequence[str]) -> None:
     if not repository.is_dir():
         raise LocalTritonError(f"{repository}: no such folder; expected a model repository")
-    found = sorted(config.parent.name for config in repository.glob("*/config.pbtxt"))
+    found = _models_of(repository)
     if not found:
         raise LocalTritonError(
             f"{repository} holds no models (folders with a config.pbtxt). Export one into it first"
@@ -306,6 +311,7 @@ class LocalTriton:
         ready_timeout_s: float = 120.0,
         exit_timeout_s: float = 15.0,
         extra_args: Sequence[str] = (),
+        admin_key: str = "",
     ) -> None:
         """Nothing starts before `with` or `start()`.
 
@@ -321,6 +327,7 @@ class LocalTriton:
             ready_timeout_s: How long loading may take.
             exit_timeout_s: How long requests in flight may take on stopping.
             extra_args: Further options of `tritonserver`.
+            admin_key: Key of the admin APIs; a random one by default.
 
         Raises:
             ValueError: `models` with the control mode `poll`, which loads every model.
@@ -341,7 +348,7 @@ class LocalTriton:
         self._log_start = 0
         self._guard: subprocess.Popen[str] | None = None
         self._pid = 0
-        self.admin_key = secrets.token_hex(16)
+        self.admin_key = admin_key or secrets.token_hex(16)
 
     @property
     def http_url(self) -> str:
@@ -731,6 +738,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="load this model only; may be repeated; without it all are loaded",
     )
+    parser.add_argument(
+        "--explicit",
+        action="store_true",
+        help="let the admin API load and unload models, which export.rollout needs; its key is "
+        f"taken from the environment variable {ADMIN_KEY}",
+    )
     parser.add_argument("--http-port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 takes a free one")
     parser.add_argument("--metrics-port", type=int, default=8002, help="0 takes a free one")
@@ -747,6 +760,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     started_s = time.monotonic()
+    admin_key, models = os.environ.get(ADMIN_KEY, ""), arguments.model
+    if arguments.explicit:
+        if not admin_key:
+            sys.stderr.write(f"--explicit needs a key in the environment variable {ADMIN_KEY}\n")
+            return 2
+        models = models or _models_of(arguments.repository)
     try:
         logger.info("starting Triton on %s", arguments.repository)
         with LocalTriton(
@@ -755,7 +774,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             grpc_port=arguments.grpc_port,
             metrics_port=arguments.metrics_port,
             environment=arguments.environment,
-            models=arguments.model,
+            models=models,
+            admin_key=admin_key,
         ) as server:
             logger.info(
                 "ready at %s and %s after %.1f s, metrics at %s, log in %s",

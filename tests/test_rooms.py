@@ -65,8 +65,8 @@ def test_importing_a_module_does_not_load_the_heavy_packages():
     code = (
         "import sys, training.card, training.compare_plots, training.distill, training.evaluate, "
         "training.sweep, export.onnx, "
-        "export.engine, export.compress, export.repository, serving.local, benchmarks.latency, "
-        "benchmarks.throughput; "
+        "export.engine, export.compress, export.repository, export.rollout, serving.local, "
+        "benchmarks.latency, benchmarks.throughput; "
         "heavy = {'tensorflow', 'keras', 'mlflow', 'onnx', 'openvino', 'tensorrt'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -85,6 +85,7 @@ def test_every_config_fits_its_dataclass():
     from export.parity import ParityConfig
     from export.quantize import QuantizeConfig
     from export.repository import ServeConfig
+    from export.rollout import RolloutConfig
     from training.artefacts import CardConfig
     from training.audit import AuditConfig
     from training.config import load_config
@@ -111,6 +112,7 @@ def test_every_config_fits_its_dataclass():
         "parity": ParityConfig,
         "phantom": PhantomConfig,
         "quantize": QuantizeConfig,
+        "rollout": RolloutConfig,
         "serve": ServeConfig,
         "split": SplitConfig,
         "sweep": SweepConfig,
