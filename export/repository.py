@@ -433,14 +433,36 @@ def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
         run = card["run"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{config.card}: no card; run python -m training.card again") from error
-    student = config.model / "student.json"
-    expected = json.loads(student.read_text())["teacher"] if student.is_file() else facts.run
+    expected = _network_run(config.model, facts)
     if run != expected:
         raise ValueError(
             f"{config.card} is the card of run {run}, {config.model} is of run {expected}; run "
             "python -m training.card again"
         )
     return json.dumps(card, separators=(",", ":"))
+
+
+def _network_run(model: Path, facts: ModelFacts) -> str:
+    """The run that trained the network that a variant stands for: of a student, its teacher's."""
+    student = model / "student.json"
+    return str(json.loads(student.read_text())["teacher"]) if student.is_file() else facts.run
+
+
+def _strangers(models: Mapping[str, RepositoryConfig]) -> dict[str, str]:
+    """What is wrong with each variant that stands for another network than the first one."""
+    runs = {}
+    for variant, model in models.items():
+        path = model.model / "facts.json"
+        if path.is_file() and model.served_file.is_file():
+            facts = ModelFacts.from_parameters(json.loads(path.read_text()))
+            runs[variant] = _network_run(model.model, facts)
+    first = next(iter(runs), "")
+    return {
+        variant: f"{models[variant].model} is of run {run}, {models[first].model} of run "
+        f"{runs[first]}: they would answer differently. Make it again from that run, or remove it"
+        for variant, run in runs.items()
+        if run != runs[first]
+    }
 
 
 def promote(
@@ -513,21 +535,28 @@ def _is_same(version_folder: Path, files: Mapping[str, Path], texts: Texts) -> b
 def publish_variants(config: ServeConfig) -> list[str]:
     """Publish every variant that is there, and promote one; what failed, one sentence each.
 
-    A variant that fails leaves what is served of it as it was, and the others go on.
+    A variant that fails leaves what is served of it as it was, and the others go on. All must
+    stand for one trained network, that of the first variant that is there.
 
     Raises:
         OSError: The repository cannot be written.
     """
-    failures = {}
-    for variant, model in config.models().items():
+    models = config.models()
+    failures = {
+        variant: f"{models[variant].name}: {reason}"
+        for variant, reason in _strangers(models).items()
+    }
+    for variant, model in models.items():
         if not model.served_file.is_file():
             logger.info("skipped %s: %s is not there", model.name, model.served_file)
+            continue
+        if variant in failures:
             continue
         try:
             write_repository(model)
         except ValueError as error:
             failures[variant] = f"{model.name}: {error}"
-    wanted = config.models()[config.promoted]
+    wanted = models[config.promoted]
     if not wanted.served_file.is_file():
         failures[config.promoted] = (
             f"{wanted.name} is to be promoted, and {wanted.served_file} is not there; make it, or "

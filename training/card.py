@@ -65,10 +65,10 @@ def _require_split_of_run(found: Artefacts, known: RunRecord | None, file: Path)
             f"{known.params['data.train']}; run python -m training.fit again"
         )
     tested = sum(found.split["counts"]["test"].values())
-    official = found.protocols.get("official")
-    if official and official["model"]["n"] != tested:
+    own = found.protocols.get("official") or found.protocols.get("grouped_fold")
+    if own and own["model"]["n"] != tested:
         raise ValueError(
-            f"{file} tests {tested} scans, {official['model']['n']} were scored; run python -m "
+            f"{file} tests {tested} scans, {own['model']['n']} were scored; run python -m "
             "training.evaluate again"
         )
 

@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
 
     With an official split the first protocols are `official` and `official_without_duplicates`
     (test scans with a near-duplicate in train or valid left out); with a grouped split,
-    `grouped`. On the test scans the shortcuts are checked too. Writes `metrics.json`,
+    `grouped_fold`. On the test scans the shortcuts are checked too. Writes `metrics.json`,
     `scores.json` (the headline numbers), `report.md`, `predictions.csv` and plots into
     `config.output`, replaced in one step, and logs them to the training's MLflow run.
 
@@ -101,8 +101,10 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
             f"{config.split} has the classes {test.names}, the model {facts.labels}; train again"
         )
     made_by = json.loads(config.protocol.read_text())["protocol"]
+    # `grouped` is the cross-validation, in which every scan is a test scan once.
+    name = "grouped_fold" if made_by == "grouped" else made_by
     outputs = predict_outputs(model, test.pixels, "test scans")
-    protocols = official_protocols(made_by, facts, sets, outputs["probabilities"])
+    protocols = official_protocols(name, facts, sets, outputs["probabilities"])
     if sources.grouped is not None:
         protocols += grouped_protocols(sources.grouped, config.scans, facts)
     if sources.external is not None:

@@ -32,7 +32,7 @@ NOT_STATED = "Not stated."
 NOT_RECORDED = "not recorded"
 # The first of these that was scored stands for the model: the strictest comes first.
 SUMMARY_PROTOCOLS = (
-    "grouped_distinct", "grouped", "grouped_without_duplicates", "official_without_duplicates",
+    "grouped_distinct", "grouped", "grouped_fold", "official_without_duplicates",
 )  # fmt: skip
 SUMMARY_SCORES = ("balanced_accuracy", "macro_auroc", "calibration_error")
 LEAST_PROBABILITY = 5e-7  # predictions.csv rounds to six digits, so what it calls 0 is below this
@@ -385,14 +385,12 @@ def protocol_in_words(name: str, found: Artefacts) -> str:
             f"The scans of {plain(name.removesuffix('_without_duplicates'))} without those that "
             "share a group of copies with a training or validation scan."
         )
-    crossed = "grouped_distinct" in found.protocols
     sentences = {
         "official": "The test folder of the source as it is, with whatever it shares with the "
         "training scans.",
         "grouped": "Every scan, answered by a network of the same settings that had seen neither "
-        "its copies nor its series. This is what the settings are worth, not this one file."
-        if crossed
-        else "The test part of a split that keeps copies and series on one side.",
+        "its copies nor its series. This is what the settings are worth, not this one file.",
+        "grouped_fold": "The test part of a split that keeps copies and series on one side.",
         "grouped_distinct": "The answers of `grouped`, each distinct picture counted once.",
     }
     return sentences.get(name, "See `training.protocols`.")

@@ -30,8 +30,8 @@ class Protocol:
     """Some scans and what was answered to them.
 
     Attributes:
-        name: `official`, `official_without_duplicates`, `grouped`, `grouped_distinct`,
-            `external_<folder>`.
+        name: `official`, `official_without_duplicates`, `grouped_fold`, `grouped`,
+            `grouped_distinct`, `external_<folder>`.
         scans: N scans.
         answers: Probabilities float32 (N, C) by who answered, `model` first.
         temperature: float32 (N,), what the model's logits were divided by.
@@ -86,7 +86,7 @@ def official_protocols(
     """The test split as it is, and without scans that have a near duplicate in train or valid.
 
     Args:
-        name: How the split was made, `official` or `grouped`.
+        name: `official`, or `grouped_fold` where the split is one fold of a grouped dealing.
         facts: Of the model.
         sets: train, valid and test.
         probabilities: float32 (N, C), the model's answers to test.

@@ -462,6 +462,23 @@ def test_promoted_variant_that_cannot_be_published_leaves_the_one_before(variant
     assert files(variants.repository / "chestct") == kept
 
 
+@pytest.mark.parametrize("teacher", [None, "older"])
+def test_variant_of_another_network_is_refused(variants, teacher, capsys):
+    publish_variants(variants)
+    kept = files(variants.repository)
+    int8 = variants.models()["int8"].model
+    if teacher:
+        (int8 / "student.json").write_text(json.dumps({"teacher": teacher}))
+    else:
+        facts = json.loads((int8 / "facts.json").read_text())
+        (int8 / "facts.json").write_text(json.dumps(facts | {"training_run": "older"}))
+    assert run_main(variants) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: chestct_int8: {int8} is of run older, ")
+    assert "Make it again from that run" in error
+    assert files(variants.repository) == kept
+
+
 def test_another_variant_is_promoted_and_rolled_back_without_touching_the_rest(variants):
     publish_variants(variants)
     others = [variants.repository / name for name in ("chestct_fp32", "chestct_int8")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -93,8 +94,6 @@ def test_duplicates_of_training_scans_are_scored_apart(trained, tmp_path):
     duplicate[3] = train_group
     (tmp_path / "split.csv").write_text("\n".join(",".join(row) for row in rows))
     (tmp_path / "split.json").write_text(json.dumps({"protocol": "official"}))
-    import dataclasses
-
     config = dataclasses.replace(
         config_of(trained, tmp_path / "evaluate"),
         split=tmp_path / "split.csv",
@@ -103,6 +102,14 @@ def test_duplicates_of_training_scans_are_scored_apart(trained, tmp_path):
     metrics = evaluate(config)
     sizes = {name: answers["model"]["n"] for name, answers in metrics["protocols"].items()}
     assert sizes == {"official": 12, "official_without_duplicates": 11}
+
+
+def test_one_fold_of_a_grouped_split_is_not_called_its_cross_validation(trained, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"protocol": "grouped"}))
+    config = dataclasses.replace(
+        config_of(trained, tmp_path / "evaluate"), protocol=tmp_path / "split.json"
+    )
+    assert list(evaluate(config)["protocols"]) == ["grouped_fold"]
 
 
 def test_external_folder_without_normal_is_refused(trained, tmp_path):
