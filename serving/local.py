@@ -607,7 +607,7 @@ class LocalTriton:
     def _choose_ports(self) -> None:
         given = [port for port in self._wanted_ports.values() if port]
         if len(set(given)) < len(given):
-            raise LocalTritonError(f"ports {given}: expected different ones")
+            raise LocalTritonError(f"ports {given}: expected three different ones")
         for name, port in self._wanted_ports.items():
             if port:
                 _check_free(name, port)
