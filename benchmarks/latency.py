@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.encoded import compare_encoded, encoded_in_words
 from benchmarks.engines import BASELINES, ENGINES, Infer, Scans, first_answer, open_engine
 from benchmarks.environment import CPU_FLAGS, environment
 from benchmarks.pareto import write_plot
@@ -211,6 +212,7 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
             kind: {"n": len(times), "p50_ms": round(statistics.median(times), 3)}
             for kind, times in sorted(decode_times.items())
         },
+        "encoded": compare_encoded(config.repository, config.scans, seed=config.seed),
         "rows": rows,
         "curve": read_curve(config.curve),
         "minutes": round((time.monotonic() - started) / 60, 1),
@@ -446,6 +448,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Decoding one file to a scan comes on top: {decode}. The run took {result['minutes']} "
         "minutes."
     )
+    if result.get("encoded"):
+        lines.append(encoded_in_words(result["encoded"]))
     lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
     return "\n".join(lines) + "\n"
 

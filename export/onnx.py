@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import sys
 import time
@@ -146,7 +147,11 @@ def write_onnx(config: OnnxConfig) -> Path:
         OSError: The file cannot be written.
     """
     started = time.monotonic()
-    model, facts = load_trained(model_folder(config.model))
+    folder = model_folder(config.model)
+    model, facts = load_trained(folder)
+    if not facts.git_commit and (folder / "run.json").is_file():
+        commit = json.loads((folder / "run.json").read_text()).get("git_commit", "")
+        facts = dataclasses.replace(facts, git_commit=commit)
     converted = onnx_from_keras(model, facts, config.opset)
     with replaced(config.output) as temporary:
         temporary.write_bytes(converted.SerializeToString())

@@ -1,7 +1,8 @@
 """The Triton model repository: written whole or not at all, and only if parity holds.
 
 `configs/serve.yaml` lists the variants of the model. Each is published as `chestct_<variant>`, and
-the promoted one a second time as `chestct`, which is what clients ask for.
+the promoted one a second time as `chestct`, which is what clients ask for. `chestct_encoded` takes
+whole files: a step that decodes them (`serving/backends/chestct_scan`), then `chestct`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 GPU_ENGINES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt-plan")
 ENGINES = ("onnxruntime", "openvino", *GPU_ENGINES)
 MODES = ("latency", "throughput")
+CANDIDATE = f"{MODEL_NAME}_candidate"  # where `export.rollout` tries a version before the switch
+ENCODED, DECODE = f"{MODEL_NAME}_encoded", f"{MODEL_NAME}_decode"  # the ensemble, its first step
 VARIANT_KEYS = {"folder": str, "engine": str, "instances": int, "threads": int}
 # triton-inference-server/onnxruntime_backend, README, "Parameter mapping".
 PRECISION_MODES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
@@ -145,6 +148,7 @@ class ServeConfig(Settings):
             while the other computes.
         instances: Overrides the mode.
         threads: Overrides the mode; 0 leaves it to the engine.
+        encoded: Publish `chestct_encoded`, which takes whole image files, beside `chestct`.
         repository: Triton's model repository.
     """
 
@@ -153,6 +157,7 @@ class ServeConfig(Settings):
     mode: str = "latency"
     instances: int | None = None
     threads: int | None = None
+    encoded: bool = False
     repository: Path = Path("model_repository")
 
     def __post_init__(self) -> None:
@@ -180,6 +185,8 @@ class ServeConfig(Settings):
         return models
 
     def _model(self, name: str, entry: Any) -> RepositoryConfig:
+        if f"{MODEL_NAME}_{name}" in (ENCODED, DECODE, CANDIDATE):
+            raise ValueError(f"{MODEL_NAME}_{name} is another model's name; choose another one")
         if not isinstance(entry, dict) or "folder" not in entry:
             raise ValueError(f"{entry!r} has no folder; expected {{folder: ..., engine: ...}}")
         for key, value in entry.items():
@@ -458,8 +465,12 @@ def _strangers(models: Mapping[str, RepositoryConfig]) -> dict[str, str]:
     }
 
 
-def promote(repository: Path, variant: str, keep_versions: int = 2) -> int:
+def promote(
+    repository: Path, variant: str, keep_versions: int = 2, *, name: str = MODEL_NAME
+) -> int:
     """Publish the served version of a variant as `chestct`; returns the number it has there.
+
+    `name` publishes it under another name instead, where clients do not look.
 
     Raises:
         ValueError: The variant is not in the repository.
@@ -469,6 +480,7 @@ def promote(repository: Path, variant: str, keep_versions: int = 2) -> int:
     served = served_version(source)
     if served is None:
         published = sorted(path.parent.name for path in repository.glob("*_*/config.pbtxt"))
+        published = [name for name in published if name not in (ENCODED, DECODE, CANDIDATE)]
         raise ValueError(f"{source}: no such model to promote; published are {published}")
     version_folder = source / str(served)
 
@@ -476,14 +488,17 @@ def promote(repository: Path, variant: str, keep_versions: int = 2) -> int:
         found = {}
         for path in version_folder.glob("*.pbtxt"):
             message = parsed_config(path.read_text(encoding="utf-8"))
-            message.name = MODEL_NAME
+            message.name = name
             message.version_policy.specific.versions[:] = [version]
             message.output[0].label_filename = f"{version}/labels.txt"
             found[path.name] = _text(message)
         return found
 
     files = {path.name: path for path in version_folder.iterdir() if path.suffix != ".pbtxt"}
-    return _publish(repository / MODEL_NAME, files, texts, keep_versions)
+    version = _publish(repository / name, files, texts, keep_versions)
+    if name == MODEL_NAME:
+        follow(repository, keep_versions)
+    return version
 
 
 def _publish(
@@ -500,7 +515,7 @@ def _publish(
             shutil.copyfile(source, temporary / name)
         for name, text in texts(version).items():
             (temporary / name).write_text(text, encoding="utf-8")
-    _serve(folder, version)
+    serve(folder, version)
     for old in sorted(_versions(folder))[:-keep_versions]:
         shutil.rmtree(folder / str(old))
     logger.info("wrote %s version %d", folder, version)
@@ -549,7 +564,111 @@ def publish_variants(config: ServeConfig) -> list[str]:
         )
     if config.promoted not in failures:
         promote(config.repository, config.promoted, config.keep_versions)
+        if config.encoded:
+            write_encoded(config.repository, config.keep_versions)
     return list(failures.values())
+
+
+def write_encoded(repository: Path, keep_versions: int = 2) -> None:
+    """Publish `chestct_encoded` and its first step for the served version of `chestct`.
+
+    The ensemble takes `file`, the bytes of a PNG, JPEG or DICOM file, and answers what `chestct`
+    does and what a caller would have to look up or could not know: the labels in the order of the
+    probabilities, the threshold of the domain distance, the notice, and the reasons that only the
+    file tells. Labels, window and threshold are those of `chestct`, as its parameters.
+
+    Raises:
+        ValueError: There is no `chestct` in the repository.
+        OSError: The repository cannot be written.
+    """
+    from google.protobuf import json_format
+    from tritonclient.grpc import model_config_pb2
+
+    model = _served_message(repository / MODEL_NAME)
+    own = {key: value.string_value for key, value in model.parameters.items()}
+    facts = ModelFacts.from_parameters(own)
+    file = {"name": "file", "data_type": "TYPE_STRING", "dims": [1]}
+    scan = {"name": INPUT_NAME, "data_type": "TYPE_UINT8", "dims": input_spec().shape[1:]}
+    told = [
+        {"name": "reasons", "data_type": "TYPE_STRING", "dims": [1]},
+        {"name": "labels", "data_type": "TYPE_STRING", "dims": [len(facts.labels)]},
+        {"name": "domain_threshold", "data_type": "TYPE_FP32", "dims": [1]},
+        {"name": "notice", "data_type": "TYPE_STRING", "dims": [1]},
+    ]
+    answers = [
+        {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": spec.shape[1:]}
+        for spec in output_specs(len(facts.labels))
+    ]
+    names = {
+        key: [item["name"] for item in items]
+        for key, items in (("told", told), ("answers", answers))
+    }
+    common = {
+        "max_batch_size": model.max_batch_size,
+        "parameters": {
+            key: {"string_value": value} for key, value in facts.to_parameters().items()
+        },
+    }
+    decode = {
+        "name": DECODE,
+        "backend": "chestct_scan",
+        "input": [file],
+        "output": [scan, *told],
+        # Each instance decodes on one core, and the network wants them too.
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+    }
+    steps = [
+        {
+            "model_name": DECODE,
+            "model_version": -1,
+            "input_map": {"file": "file"},
+            "output_map": {name: name for name in (INPUT_NAME, *names["told"])},
+        },
+        {
+            "model_name": MODEL_NAME,
+            "model_version": -1,
+            "input_map": {INPUT_NAME: INPUT_NAME},
+            "output_map": {name: name for name in names["answers"]},
+        },
+    ]
+    ensemble = {
+        "name": ENCODED,
+        "platform": "ensemble",
+        "input": [file],
+        "output": [*answers, *told],
+        "ensemble_scheduling": {"step": steps},
+    }
+    for settings in (decode, ensemble):
+
+        def texts(version: int, settings: Mapping[str, Any] = settings) -> Texts:
+            policy = {"version_policy": {"specific": {"versions": [version]}}}
+            message = json_format.ParseDict(
+                {**settings, **common, **policy}, model_config_pb2.ModelConfig()
+            )
+            return {"config.pbtxt": _text(message)}
+
+        _publish(repository / str(settings["name"]), {}, texts, keep_versions)
+
+
+def follow(repository: Path, keep_versions: int = 2) -> None:
+    """Give `chestct_encoded` the labels and the window of what is served now, if it is there.
+
+    Raises:
+        OSError: The repository cannot be written.
+    """
+    if served_version(repository / ENCODED) is not None:
+        write_encoded(repository, keep_versions)
+
+
+def _served_message(folder: Path) -> Any:
+    """The `ModelConfig` of a model of the repository.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    if not (folder / "config.pbtxt").is_file():
+        raise ValueError(f"{folder}: no such model; run python -m export.repository")
+    return parsed_config((folder / "config.pbtxt").read_text(encoding="utf-8"))
 
 
 def roll_back(folder: Path) -> int:
@@ -564,7 +683,9 @@ def roll_back(folder: Path) -> int:
     earlier = [version for version in _versions(folder) if version < served]
     if not earlier:
         raise ValueError(f"{folder}: no version before {served} to go back to")
-    _serve(folder, max(earlier))
+    serve(folder, max(earlier))
+    if folder.name == MODEL_NAME:
+        follow(folder.parent)
     logger.info("%s serves version %d again", folder, max(earlier))
     return max(earlier)
 
@@ -573,11 +694,15 @@ def served_version(folder: Path) -> int | None:
     """The version that the model folder's `config.pbtxt` names; None where there is no model."""
     if not (folder / "config.pbtxt").is_file():
         return None
-    policy = parsed_config((folder / "config.pbtxt").read_text(encoding="utf-8")).version_policy
-    return int(policy.specific.versions[0])
+    return int(_served_message(folder).version_policy.specific.versions[0])
 
 
-def _serve(folder: Path, version: int) -> None:
+def serve(folder: Path, version: int) -> None:
+    """Make `version` the one that the model folder's `config.pbtxt` names.
+
+    Raises:
+        OSError: The repository cannot be written.
+    """
     # config.pbtxt last: until then publishing again starts anew.
     on_cpu = folder / str(version) / "cpu.pbtxt"
     if on_cpu.is_file():

@@ -2,7 +2,8 @@
 
 The server is the one in the wheel `nvidia-pytriton`, installed in an environment of its own, and
 serves the model repository as it is; `serving/backends/onnxruntime` stands in for NVIDIA's
-onnxruntime backend. Everything listens on 127.0.0.1 only.
+onnxruntime backend. Everything listens on 127.0.0.1 only. With certificates gRPC has TLS by Triton
+itself, and HTTP by an nginx in front of it (`serving/nginx.conf.template`).
 
     python -m serving.local --repository model_repository --model chestct_compressed
 """
@@ -23,6 +24,7 @@ import secrets
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Literal, NoReturn, cast
 
-__all__ = ["Installation", "LocalTriton", "LocalTritonError", "find_installation", "main"]
+__all__ = [
+    "Certificates",
+    "Installation",
+    "LocalTriton",
+    "LocalTritonError",
+    "find_installation",
+    "main",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +51,8 @@ HOST = "127.0.0.1"
 SUPPORTED_PYTHONS = ("3.11", "3.12")  # what numpy 1.26 and the wheel's backend processes share
 REMEDY = "Run `make environments`"
 BACKENDS = Path(__file__).parent / "backends"
+CLIENT = Path(__file__).parents[1] / "client" / "src" / "chestct"
+NGINX_CONFIG = Path(__file__).parent / "nginx.conf.template"
 PROBE_TIMEOUT_S = 30.0
 RESTART_LIMIT = 3
 RESTART_WINDOW_S = 300.0
@@ -50,6 +61,7 @@ _PORT_ATTEMPTS = 5
 _GUARD = "--guard"
 _KILL = signal.SIGUSR1  # to the guard: end the server without draining
 _ADMIN_HEADER = "admin-key"
+ADMIN_KEY = "CHESTCT_ADMIN_KEY"
 _RESTRICTED = "model-repository,trace,logging"
 _ELEMENT_BYTES = {
     "BOOL": 1,
@@ -115,6 +127,54 @@ class Installation:
     server: Path
     stub: Path
     library_path: str
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files for TLS.
+
+    Attributes:
+        cert: The server's certificate chain.
+        key: Its private key.
+        client_ca: Authorities whose certificates clients must show (mutual TLS); None asks nobody.
+    """
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is not there.
+
+        Raises:
+            LocalTritonError: A file is missing.
+        """
+        for path in (self.cert, self.key, self.client_ca):
+            if path is not None and not path.is_file():
+                raise LocalTritonError(f"TLS: {path} is not a file, expected PEM")
+
+    def grpc_options(self) -> list[str]:
+        """Options of `tritonserver` for gRPC."""
+        options = [
+            f"--grpc-server-cert={self.cert.absolute()}",
+            f"--grpc-server-key={self.key.absolute()}",
+        ]
+        if self.client_ca is None:
+            return ["--grpc-use-ssl=true", *options]
+        root = f"--grpc-root-cert={self.client_ca.absolute()}"
+        return ["--grpc-use-ssl-mutual=true", *options, root]
+
+    def nginx_config(self, listen: str, upstream: str, folder: Path) -> str:
+        """The configuration of an nginx that ends TLS in front of Triton's HTTP."""
+        return string.Template(NGINX_CONFIG.read_text(encoding="utf-8")).substitute(
+            TLS_LISTEN=listen,
+            TLS_UPSTREAM=upstream,
+            TLS_CERT=self.cert.absolute(),
+            TLS_KEY=self.key.absolute(),
+            TLS_VERIFY_CLIENT="off" if self.client_ca is None else "on",
+            TLS_CLIENT_CA=(self.client_ca or self.cert).absolute(),
+            TLS_RUN=folder.absolute(),
+        )
 
 
 def find_installation(environment: Path) -> Installation:
@@ -186,12 +246,23 @@ def _write_backends(installation: Installation, folder: Path) -> None:
         shutil.copytree(
             backend, folder / backend.name, ignore=shutil.ignore_patterns("__pycache__")
         )
+    if CLIENT.is_dir():
+        # A copy, so that what runs does not change with the checkout.
+        shutil.copytree(
+            CLIENT,
+            folder / "chestct_scan" / "chestct",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+
+
+def _models_of(repository: Path) -> list[str]:
+    return sorted(config.parent.name for config in repository.glob("*/config.pbtxt"))
 
 
 def _check_repository(repository: Path, models: Sequence[str]) -> None:
     if not repository.is_dir():
         raise LocalTritonError(f"{repository}: no such folder; expected a model repository")
-    found = sorted(config.parent.name for config in repository.glob("*/config.pbtxt"))
+    found = _models_of(repository)
     if not found:
         raise LocalTritonError(
             f"{repository} holds no models (folders with a config.pbtxt). Export one into it first"
@@ -298,6 +369,8 @@ class LocalTriton:
         ready_timeout_s: float = 120.0,
         exit_timeout_s: float = 15.0,
         extra_args: Sequence[str] = (),
+        admin_key: str = "",
+        certificates: Certificates | None = None,
     ) -> None:
         """Nothing starts before `with` or `start()`.
 
@@ -313,6 +386,9 @@ class LocalTriton:
             ready_timeout_s: How long loading may take.
             exit_timeout_s: How long requests in flight may take on stopping.
             extra_args: Further options of `tritonserver`.
+            admin_key: Key of the admin APIs; a random one by default.
+            certificates: TLS for gRPC and HTTP; HTTP needs nginx on this machine, and Triton's own
+                port stays open in plain text on 127.0.0.1, for nginx and for the checks.
 
         Raises:
             ValueError: `models` with the control mode `poll`, which loads every model.
@@ -321,6 +397,10 @@ class LocalTriton:
             raise ValueError("models: the control mode poll loads all; expected none or explicit")
         self._repository = model_repository
         self._wanted_ports = {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port}
+        if certificates is not None:
+            self._wanted_ports |= {"HTTPS": http_port, "HTTP": 0}
+        self._certificates = certificates
+        self._nginx: subprocess.Popen[bytes] | None = None
         self._ports = dict(self._wanted_ports)
         self._environment = environment
         self._control_mode = "explicit" if models else control_mode
@@ -333,17 +413,20 @@ class LocalTriton:
         self._log_start = 0
         self._guard: subprocess.Popen[str] | None = None
         self._pid = 0
-        self.admin_key = secrets.token_hex(16)
+        self.admin_key = admin_key or secrets.token_hex(16)
 
     @property
     def http_url(self) -> str:
-        """Address of HTTP, `http://127.0.0.1:PORT`."""
+        """Address of HTTP, `http://127.0.0.1:PORT`, or `https://` with certificates."""
+        if self._certificates is not None:
+            return f"https://{HOST}:{self._ports['HTTPS']}"
         return f"http://{HOST}:{self._ports['HTTP']}"
 
     @property
     def grpc_url(self) -> str:
-        """Address of gRPC, `grpc://127.0.0.1:PORT`."""
-        return f"grpc://{HOST}:{self._ports['gRPC']}"
+        """Address of gRPC, `grpc://127.0.0.1:PORT`, or `grpcs://` with certificates."""
+        scheme = "grpc" if self._certificates is None else "grpcs"
+        return f"{scheme}://{HOST}:{self._ports['gRPC']}"
 
     @property
     def metrics_url(self) -> str:
@@ -395,6 +478,8 @@ class LocalTriton:
                 self._choose_ports()
                 try:
                     self._launch()
+                    if self._certificates is not None:
+                        self._nginx = self._start_nginx(self._certificates)
                     break
                 except _PortTakenError:
                     if attempt == _PORT_ATTEMPTS or 0 not in self._wanted_ports.values():
@@ -409,7 +494,15 @@ class LocalTriton:
     def stop(self) -> None:
         """Let requests in flight finish, end the server, remove what it leaves."""
         guard, self._guard = self._guard, None
+        nginx, self._nginx = self._nginx, None
         try:
+            if nginx is not None and nginx.poll() is None:
+                nginx.send_signal(signal.SIGQUIT)  # requests in flight finish first
+                try:
+                    nginx.wait(self._exit_timeout_s)
+                except subprocess.TimeoutExpired:
+                    nginx.terminate()
+                    nginx.wait(KILL_MARGIN_S)
             if guard is not None and guard.poll() is None:
                 code = self._end(guard)
                 if code:
@@ -521,6 +614,41 @@ class LocalTriton:
         free = iter(_free_ports(len(self._wanted_ports)))
         self._ports = {name: port or next(free) for name, port in self._wanted_ports.items()}
 
+    def _start_nginx(self, certificates: Certificates) -> subprocess.Popen[bytes]:
+        """TLS in front of HTTP; waits until it listens."""
+        # Debian keeps it where only root's PATH leads.
+        program = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+        if program is None:
+            raise LocalTritonError(
+                "TLS over HTTP needs nginx, which is not on this machine (on Debian and Ubuntu: "
+                "apt install nginx)"
+            )
+        folder = cast("Path", self._run_directory)
+        port = self._ports["HTTPS"]
+        config = folder / "nginx.conf"
+        config.write_text(
+            certificates.nginx_config(f"{HOST}:{port}", f"{HOST}:{self._ports['HTTP']}", folder)
+        )
+        libc = ctypes.CDLL(None)
+        with self.log_path.open("ab") as log:
+            nginx = subprocess.Popen(
+                [program, "-p", folder, "-c", config, "-e", "stderr", "-g", "daemon off;"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # PR_SET_PDEATHSIG (prctl(2)): it does not outlive this process.
+                preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),
+            )
+        deadline = time.monotonic() + PROBE_TIMEOUT_S
+        while nginx.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1.0):
+                return nginx
+            time.sleep(0.05)
+        nginx.kill()
+        nginx.wait()
+        raise LocalTritonError(f"nginx does not start: {_explain(self._log())}")
+
     def _command(self, installation: Installation, backends: Path, shm_prefix: str) -> list[str]:
         restricted = f"{_RESTRICTED}:{_ADMIN_HEADER}={self.admin_key}"
         return [
@@ -542,6 +670,7 @@ class LocalTriton:
             f"--grpc-address={HOST}",
             f"--grpc-port={self._ports['gRPC']}",
             f"--grpc-restricted-protocol={restricted}",
+            *(self._certificates.grpc_options() if self._certificates else []),
             f"--metrics-address={HOST}",
             f"--metrics-port={self._ports['metrics']}",
             f"--exit-timeout-secs={math.ceil(self._exit_timeout_s)}",
@@ -723,9 +852,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="load this model only; may be repeated; without it all are loaded",
     )
+    parser.add_argument(
+        "--explicit",
+        action="store_true",
+        help="let the admin API load and unload models, which export.rollout needs; its key is "
+        f"taken from the environment variable {ADMIN_KEY}",
+    )
     parser.add_argument("--http-port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 takes a free one")
     parser.add_argument("--metrics-port", type=int, default=8002, help="0 takes a free one")
+    for name, text in (
+        ("cert", "certificate chain for TLS, PEM"),
+        ("key", "its private key"),
+        ("client-ca", "authorities whose certificates clients must show: mutual TLS"),
+    ):
+        parser.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=text)
     parser.add_argument(
         "--environment", type=Path, default=Path(".venv-triton"), help="Triton's own environment"
     )
@@ -734,12 +875,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve in the foreground; 0 after SIGINT or SIGTERM, 1 when Triton cannot run."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if (arguments.tls_cert is None) != (arguments.tls_key is None) or (
+        arguments.tls_client_ca and not arguments.tls_cert
+    ):
+        parser.error("--tls-cert and --tls-key belong together, and --tls-client-ca needs them")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     started_s = time.monotonic()
+    admin_key, models = os.environ.get(ADMIN_KEY, ""), arguments.model
+    if arguments.explicit:
+        if not admin_key:
+            sys.stderr.write(f"--explicit needs a key in the environment variable {ADMIN_KEY}\n")
+            return 2
+        models = models or _models_of(arguments.repository)
     try:
+        certificates = None
+        if arguments.tls_cert:
+            files = (arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
+            certificates = Certificates(*files)
         logger.info("starting Triton on %s", arguments.repository)
         with LocalTriton(
             arguments.repository,
@@ -747,7 +903,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             grpc_port=arguments.grpc_port,
             metrics_port=arguments.metrics_port,
             environment=arguments.environment,
-            models=arguments.model,
+            models=models,
+            admin_key=admin_key,
+            certificates=certificates,
         ) as server:
             logger.info(
                 "ready at %s and %s after %.1f s, metrics at %s, log in %s",

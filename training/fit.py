@@ -214,7 +214,13 @@ def fit(config: FitConfig) -> Path:
         set_domain(model, domain)
         final = with_temperature(model, temperature)
         facts = ModelFacts(
-            train.names, config.window(), temperature, threshold, run.run_id, train.sha256
+            train.names,
+            config.window(),
+            temperature,
+            threshold,
+            run.run_id,
+            train.sha256,
+            git_commit=run.git_commit,
         )
         run.log_params({"temperature": temperature, "domain_threshold": threshold})
         with replaced(config.output) as folder:

@@ -141,7 +141,9 @@ def model_folder(source: str | Path) -> Path:
                     artifact_uri=f"runs:/{run_id}/model/{file}", dst_path=str(temporary)
                 )
             weights = run.data.params.get("weights.source", "unknown")
-            write_json(temporary / "run.json", {"run": run_id, "weights": weights})
+            commit = run.data.tags.get("git_commit", "")
+            about = {"run": run_id, "weights": weights, "git_commit": commit}
+            write_json(temporary / "run.json", about)
     logger.info("%s is the model of run %s: %s", uri, run_id, folder)
     return folder
 

@@ -54,6 +54,11 @@ class Run:
         self._mlflow = mlflow
         self.run_id = run_id
 
+    @property
+    def git_commit(self) -> str:
+        """Commit of the checkout when the run began."""
+        return str(self._mlflow.get_run(self.run_id).data.tags.get("git_commit", ""))
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; a value that differs from one recorded before is an error."""
         self._mlflow.log_params(dict(params))

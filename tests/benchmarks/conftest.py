@@ -20,7 +20,8 @@ class Published:
     """A folder as the pipeline leaves it, with a network that answers in a millisecond.
 
     Under it are `results/train`, `results/export`, `results/int8` (the same network, called INT8),
-    `model_repository` with `chestct_fp32`, `chestct_int8` and `chestct`, and scans with a split.
+    `model_repository` with `chestct_fp32`, `chestct_int8`, `chestct` and `chestct_encoded`, and
+    scans with a split.
     """
 
     folder: Path
@@ -51,7 +52,7 @@ def tiny_classifier():
 @pytest.fixture(scope="session")
 def published(phantoms, tmp_path_factory) -> Published:
     from export.onnx import OnnxConfig, sha256_of, write_onnx
-    from export.repository import RepositoryConfig, write_repository
+    from export.repository import RepositoryConfig, write_encoded, write_repository
 
     folder = tmp_path_factory.mktemp("published")
     results = folder / "results"
@@ -82,5 +83,6 @@ def published(phantoms, tmp_path_factory) -> Published:
                     engine=engine,
                 )
             )
+    write_encoded(folder / "model_repository")
     (folder / ".venv-triton").symlink_to(CHECKOUT / ".venv-triton")
     return Published(folder, phantoms.scans, phantoms.split)

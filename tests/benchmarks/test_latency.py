@@ -151,6 +151,10 @@ def test_all_engines_and_variants_are_measured_in_one_run(published, monkeypatch
         baseline = rows["keras_compiled", "fp32", batch]["p50_ms"]
         ratio = row["times_faster_than_keras_compiled"]
         assert ratio == pytest.approx(baseline / row["p50_ms"], abs=0.006)
+    encoded = result["encoded"]
+    assert encoded["n"] == 22
+    assert min(encoded["client_p50_ms"], encoded["server_p50_ms"]) > 0
+    assert "as a whole file to `chestct_encoded`" in markdown(result)
     assert output.with_suffix(".md").read_text() == markdown(result) == capsys.readouterr().out
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

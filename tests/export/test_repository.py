@@ -15,6 +15,8 @@ from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
 from export.engine import PlanRecord
 from export.onnx import sha256_of
 from export.repository import (
+    DECODE,
+    ENCODED,
     ENGINES,
     GPU_ENGINES,
     RepositoryConfig,
@@ -26,6 +28,7 @@ from export.repository import (
     publish_variants,
     roll_back,
     served_version,
+    write_encoded,
     write_repository,
 )
 from serving.local import LocalTriton
@@ -566,3 +569,49 @@ def test_real_triton_serves_every_variant_as_it_was_published(
             f"chestct_{name}_0_{index}" for index in range(4) if f"chestct_{name}_0_{index} " in log
         }
         assert len(started) == count, (name, started)
+
+
+def tiny_variant(repository: Path, variant: str, facts: ModelFacts) -> None:
+    """A published variant, as far as `promote` reads it."""
+    folder = repository / f"chestct_{variant}" / "1"
+    folder.mkdir(parents=True)
+    config = dataclasses.replace(RepositoryConfig(), name=f"chestct_{variant}")
+    text = config_pbtxt(config, facts, version=1)
+    for path in (folder, folder.parent):
+        (path / "config.pbtxt").write_text(text)
+    (folder / "model.onnx").write_bytes(variant.encode())
+
+
+def window_of(repository: Path, model: str) -> tuple[str, str]:
+    found = parsed_config((repository / model / "config.pbtxt").read_text()).parameters
+    return found["window_center_hu"].string_value, found["training_run"].string_value
+
+
+def test_encoded_follows_what_is_served(tmp_path):
+    """A file must be shown in the window of the model that answers, after each switch."""
+    tiny_variant(tmp_path, "old", FACTS)
+    window = dataclasses.replace(FACTS.window, center_hu=40.0)
+    tiny_variant(tmp_path, "new", dataclasses.replace(FACTS, window=window, run="r2"))
+    promote(tmp_path, "old")
+    assert not (tmp_path / ENCODED).exists()  # only where serve.yaml asks for it
+    write_encoded(tmp_path)
+    for model in (ENCODED, DECODE):
+        assert window_of(tmp_path, model) == ("-600.0", "r")
+    promote(tmp_path, "new")
+    for model in (ENCODED, DECODE):
+        assert window_of(tmp_path, model) == ("40.0", "r2")
+    roll_back(tmp_path / "chestct")
+    for model in (ENCODED, DECODE):
+        assert window_of(tmp_path, model) == ("-600.0", "r")
+    before = files(tmp_path)
+    write_encoded(tmp_path)
+    assert files(tmp_path) == before
+    steps = parsed_config((tmp_path / ENCODED / "config.pbtxt").read_text()).ensemble_scheduling
+    assert [step.model_name for step in steps.step] == [DECODE, "chestct"]
+
+
+def test_encoded_needs_a_served_model(tmp_path):
+    with pytest.raises(ValueError, match=r"no such model; run python -m export\.repository"):
+        write_encoded(tmp_path)
+    with pytest.raises(ValueError, match="chestct_encoded is another model's name"):
+        ServeConfig(variants={"encoded": {"folder": "x"}}, promoted="encoded").models()

@@ -11,110 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from serving.local import LocalTriton, LocalTritonError, find_installation
 
 CHECKOUT = Path(__file__).parents[2]
-CONFIG = """
-name: "NAME"
-backend: "onnxruntime"
-max_batch_size: 8
-input [{ name: "scan" data_type: TYPE_UINT8 dims: [224, 224, 1] }]
-output [
-  { name: "probabilities" data_type: TYPE_FP32 dims: [3] },
-  { name: "activation_map" data_type: TYPE_FP32 dims: [14, 14, 3] },
-  { name: "domain_distance" data_type: TYPE_FP32 dims: [1] }
-]
-instance_group [{ kind: KIND_CPU count: 1 }]
-"""
-TEXT_CONFIG = """
-name: "NAME"
-backend: "onnxruntime"
-max_batch_size: 4
-input [{ name: "text" data_type: TYPE_STRING dims: [2] }]
-output [{ name: "result" data_type: RESULT_TYPE dims: [2] }]
-"""
-TEXT_OUTPUTS = {
-    "text": ("TYPE_STRING", TensorProto.STRING),
-    "number": ("TYPE_FP32", TensorProto.FLOAT),  # fails on text that is not a number
-}
-
-
-def scan_model(batch: str | int) -> onnx.ModelProto:
-    """Block means of the scan, times a kernel: a few operations, the outputs of the contract."""
-    kernel = np.random.default_rng(0).normal(0, 0.05, (1, 3)).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["scan"], ["grey"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["grey"], ["channels_first"], perm=[0, 3, 1, 2]),
-        helper.make_node(
-            "AveragePool", ["channels_first"], ["means"], kernel_shape=[16, 16], strides=[16, 16]
-        ),
-        helper.make_node("Transpose", ["means"], ["places"], perm=[0, 2, 3, 1]),
-        helper.make_node("MatMul", ["places", "kernel"], ["activation_map"]),
-        helper.make_node("ReduceMean", ["activation_map", "place_axes"], ["logits"], keepdims=0),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
-        helper.make_node("ReduceL2", ["logits", "class_axis"], ["domain_distance"], keepdims=1),
-    ]
-    outputs = {"probabilities": [3], "activation_map": [14, 14, 3], "domain_distance": [1]}
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("scan", TensorProto.UINT8, [batch, 224, 224, 1])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *dims])
-            for name, dims in outputs.items()
-        ],
-        [
-            numpy_helper.from_array(kernel, "kernel"),
-            numpy_helper.from_array(np.array([1, 2]), "place_axes"),
-            numpy_helper.from_array(np.array([1]), "class_axis"),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-def text_model(output_type: int) -> onnx.ModelProto:
-    """Gives back its strings as another type."""
-    graph = helper.make_graph(
-        [helper.make_node("Cast", ["text"], ["result"], to=output_type)],
-        "text",
-        [helper.make_tensor_value_info("text", TensorProto.STRING, ["N", 2])],
-        [helper.make_tensor_value_info("result", output_type, ["N", 2])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-@pytest.fixture(scope="session")
-def write_model() -> Callable[..., Path]:
-    """Writes a tiny model and its config into a repository; gives the path of the ONNX file."""
-
-    def write(
-        repository: Path,
-        name: str,
-        extra: str = "",
-        *,
-        replace: tuple[str, str] = ("", ""),
-        batch: str | int = "N",
-    ) -> Path:
-        path = repository / name / "1" / "model.onnx"
-        path.parent.mkdir(parents=True)
-        if name in TEXT_OUTPUTS:
-            type_name, output_type = TEXT_OUTPUTS[name]
-            model, config = text_model(output_type), TEXT_CONFIG.replace("RESULT_TYPE", type_name)
-        else:
-            model, config = scan_model(batch), CONFIG
-        onnx.save(model, path)
-        config = config.replace("NAME", name)
-        if replace[0]:
-            config = config.replace(*replace)
-        (repository / name / "config.pbtxt").write_text(config + extra)
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,7 @@ class ModelFacts:
         precision: `fp32`, `fp16` or `int8`.
         card: Summary of the model card, JSON; empty where none was published. Its `run` is that
             of the network whose scores it holds: for a compressed model, of its teacher.
+        git_commit: Commit of the code that the run was made with; empty where it is not known.
     """
 
     labels: tuple[str, ...]
@@ -113,6 +114,7 @@ class ModelFacts:
     data_hash: str
     precision: str = "fp32"
     card: str = ""
+    git_commit: str = ""
 
     def __post_init__(self) -> None:
         """Refuse facts that no model can have.
@@ -141,6 +143,7 @@ class ModelFacts:
             "data_hash": self.data_hash,
             "precision": self.precision,
             **({"card": self.card} if self.card else {}),
+            **({"git_commit": self.git_commit} if self.git_commit else {}),
         }
 
     @classmethod
@@ -183,7 +186,8 @@ class ModelFacts:
         if wrong:
             raise ValueError("; ".join(wrong))
         window, card = Window(center, width), parameters.get("card", "")
-        return cls(labels, window, temperature, threshold, run, data_hash, precision, card)
+        commit = parameters.get("git_commit", "")
+        return cls(labels, window, temperature, threshold, run, data_hash, precision, card, commit)
 
 
 def tensor_differences(

@@ -51,6 +51,7 @@ __all__ = [
     "SliceFacts",
     "apply_window",
     "decode_scan",
+    "inspect_bytes",
     "inspect_scan",
     "inspect_scans",
     "list_scans",
@@ -200,9 +201,24 @@ def inspect_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> 
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
     source = Source(Path(path))
-    opened = _opened(source.read(), source.name)
-    _require_one_frame(opened, source.name)
-    return _inspected(opened, 0, source.name, window)
+    return inspect_bytes(source.read(), source.name, window)
+
+
+def inspect_bytes(data: bytes, name: str, window: Window = LUNG_WINDOW) -> Scan:
+    """What `inspect_scan` gives, from the bytes of the file.
+
+    Args:
+        data: The whole file; its kind is told by its content, not by its name.
+        name: Name for error messages.
+        window: Window for DICOM slices; pictures are windowed already.
+
+    Raises:
+        OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
+        ScanDecodeError: The bytes are no readable single grey slice.
+    """
+    opened = _opened(data, name)
+    _require_one_frame(opened, name)
+    return _inspected(opened, 0, name, window)
 
 
 def inspect_scans(
