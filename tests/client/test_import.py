@@ -14,7 +14,7 @@ import chestct
 
 PACKAGE = Path(chestct.__file__).parent
 MODULES = sorted(path for path in PACKAGE.glob("*.py"))
-ALLOWED = {"PIL", "chestct", "grpc", "numpy", "pydicom", "tritonclient"}
+ALLOWED = {"PIL", "chestct", "grpc", "highdicom", "numpy", "pydicom", "pynetdicom", "tritonclient"}
 
 
 def imported_roots(path: Path) -> set[str]:

@@ -9,9 +9,12 @@ from chestct.errors import (
     InferenceError,
     InferenceTimeoutError,
     OutOfDomainError,
+    ReportError,
     ScanDecodeError,
     ServerError,
     ServerUnavailableError,
+    SpoolError,
+    SpoolFullError,
 )
 from chestct.report import error_line, json_text, result_line
 from chestct.scan import (
@@ -41,11 +44,14 @@ __all__ = [
     "ModelFacts",
     "OutOfDomainError",
     "Predictions",
+    "ReportError",
     "Scan",
     "ScanClient",
     "ScanDecodeError",
     "ServerError",
     "ServerUnavailableError",
+    "SpoolError",
+    "SpoolFullError",
     "TLSOptions",
     "Window",
     "apply_window",
