@@ -42,7 +42,7 @@ FIRST_PAUSE_S = 1.0
 MAX_ASSOCIATIONS = 10
 GRACE_S = 10.0  # what open associations get when the node stops
 
-Report = Callable[[Sequence[Path], Callable[[], bool]], Mapping[str, bytes] | None]
+Report = Callable[[Sequence[Path], Callable[[], None]], Mapping[str, bytes] | None]
 
 
 class StoppedError(Exception):
@@ -155,10 +155,10 @@ class Listener:
 
         Args:
             config: See `ListenConfig`.
-            report: Gets the files of a series and a function that tells whether to stop; gives
-                the DICOM files to deliver, by name, or None where there is nothing to report.
-                Raises ServerError where the server failed, another ChestCTError where the series
-                cannot be reported, StoppedError where it was told to stop.
+            report: Gets the files of a series and a function to call now and then, which raises
+                StoppedError when the node stops; gives the DICOM files to deliver, by name, or
+                None where there is nothing to report. Raises ServerError where the server failed,
+                another ChestCTError where the series cannot be reported.
 
         Raises:
             SpoolError: The queue cannot be used.
@@ -373,6 +373,10 @@ class Listener:
                 logger.warning("%s. Trying again in %.0f s.", _in_words(error), wait_s)
             self._stopping.wait(wait_s)
 
+    def _check(self) -> None:
+        if self._stopping.is_set():
+            raise StoppedError
+
     def _classify_next(self) -> bool:
         config, spool = self.config, self._spool
         name = spool.complete(config.quiet_s, at_release=config.at_release)
@@ -383,7 +387,7 @@ class Listener:
         try:
             if tries > MAX_TRIES:
                 raise ReportError(f"given up after {MAX_TRIES} tries that came to no end")
-            results = self._report(files, self._stopping.is_set) if files else None
+            results = self._report(files, self._check) if files else None
             if results is None:
                 spool.finish(folder, keep=False)
                 self.counts["skipped"] += 1
@@ -436,8 +440,7 @@ class Listener:
             try:
                 for folder, results in work[:100]:
                     for result in results:
-                        if self._stopping.is_set():
-                            raise StoppedError
+                        self._check()
                         num_refused += not self._deliver(association, result)
                     self._finish_if_sent(folder)
             finally:
