@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 import socket
@@ -12,7 +11,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from onnx import TensorProto, helper, numpy_helper
 from pydicom import Dataset, dcmread
 
 from chestct.client import ScanClient
-from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.report import result_line
 from chestct.scan import inspect_scan
 from chestct.series import SeriesSlice, series_record
-from chestct.report import result_line
 from serving.local import LocalTriton
 from training.phantom import dicom_from_phantom, make_phantom
 
@@ -37,6 +35,10 @@ LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.car
 FACTS = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
 SECRETS = ("SECRET", "1.2.826.0.1.88")
 NUM_SLICES = 6
+COPIED = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
+    "StudyInstanceUID", "AccessionNumber", "StudyID", "StudyDescription",
+)  # fmt: skip
 
 
 def program(name: str) -> str:
@@ -270,10 +272,7 @@ def expected_series(url: str, files: list[Path]) -> dict[str, Any]:
         for index, (file, scan) in enumerate(zip(files, scans, strict=True))
     ]
     return series_record(
-        [
-            SeriesSlice.from_record(line, scan.facts)
-            for line, scan in zip(lines, scans, strict=True)
-        ]
+        [SeriesSlice.from_record(line, scan.facts) for line, scan in zip(lines, scans, strict=True)]
     )
 
 
@@ -282,19 +281,14 @@ def numbers_of(group: Any) -> dict[str, float]:
 
 
 def test_study_pushed_by_orthanc_comes_back_as_reports_in_the_same_study(
-    triton, orthanc, study, start_node, tmp_path
+    triton, orthanc, study, start_node
 ):
-    @dataclass
-    class Uploaded:
-        study: str
-
-    uploaded = {orthanc.post("/instances", file.read_bytes())["ParentStudy"] for file in study}
-    assert len(uploaded) == 1
+    (study_id,) = {orthanc.post("/instances", file.read_bytes())["ParentStudy"] for file in study}
     node = start_node(triton.grpc_url, f"ORTHANC@127.0.0.1:{orthanc.dicom_port}")
     peer = {"AET": "CHESTCT", "Host": "127.0.0.1", "Port": node.port}
     orthanc.call("/modalities/chestct", json.dumps(peer).encode(), "PUT")
     orthanc.post("/modalities/chestct/echo", b"{}")
-    orthanc.post("/modalities/chestct/store", uploaded.copy().pop().encode())
+    orthanc.post("/modalities/chestct/store", study_id.encode())
     until(lambda: len(orthanc.instances("SR")) == 1 and len(orthanc.instances("OT")) == 1)
     assert len(orthanc.get("/studies")) == 1
     until(lambda: not any(node.status().values()))
@@ -302,8 +296,7 @@ def test_study_pushed_by_orthanc_comes_back_as_reports_in_the_same_study(
     (report,), (capture,) = orthanc.instances("SR"), orthanc.instances("OT")
     source = dcmread(study[0])
     for made in (report, capture):
-        for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate",
-                        "StudyInstanceUID", "AccessionNumber", "StudyID", "StudyDescription"):  # fmt: skip
+        for keyword in COPIED:
             assert made[keyword].value == source[keyword].value
         assert "not a medical device" in made.SeriesDescription
     content = highdicom.sr.Comprehensive3DSR.from_dataset(report).content

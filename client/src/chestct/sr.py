@@ -691,7 +691,7 @@ def _usable_headers(slices: Sequence[SourceSlice]) -> list[Dataset]:
     return headers
 
 
-def _upright_spacing_mm(header: Dataset) -> list[float] | None:
+def _upright_spacing_mm(header: Dataset) -> Any:
     """Pixel Spacing (0028,0030), rows first, after `chestct.dicom.upright` turned the slice."""
     spacing = header.get("PixelSpacing")
     if not spacing or len(spacing) != 2:
