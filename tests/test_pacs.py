@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import socket
@@ -164,7 +165,7 @@ class Node:
         command = [CHESTCT, "listen", "--queue", self.queue, "--url", url, "--send-to", send_to]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--port", "0", "--quiet-s", "0.5", *options], stdout=log, stderr=log
+                [*command, "--port", "0", "--quiet-s", "2", *options], stdout=log, stderr=log
             )
         until(lambda: self.text().count("listens on") > before or self.process.poll() is not None)
         assert self.process.poll() is None, self.text()
@@ -322,3 +323,114 @@ def test_study_pushed_by_orthanc_comes_back_as_reports_in_the_same_study(
     assert node.stop() == 0
     assert not any(secret in node.text() for secret in SECRETS)
     assert "Traceback" not in node.text()
+
+
+class StoreScp:
+    """dcmtk's storescp; its log has every request, its folder every object."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder, self.port = folder, free_port()
+        self._log = (folder.parent / "storescp.log").open("wb")
+        self._process = subprocess.Popen(
+            [program("storescp"), "-v", "-uf", "-od", folder, str(self.port)],
+            stdout=self._log, stderr=self._log,
+        )  # fmt: skip
+
+    @property
+    def num_requests(self) -> int:
+        return (self.folder.parent / "storescp.log").read_text().count("Received Store Request")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+        self._log.close()
+
+
+@pytest.fixture
+def store_scp(tmp_path) -> Iterator[StoreScp]:
+    server = StoreScp(tmp_path / "delivered")
+    yield server
+    server.stop()
+
+
+def send(port: int, files: list[Path]) -> int:
+    """How many of the files storescu was told are stored, in their order."""
+    done = subprocess.run(
+        [program("storescu"), "-v", "-aec", "CHESTCT", "127.0.0.1", str(port), *files],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return (done.stdout + done.stderr).count("(Success)")
+
+
+def test_kill_9_at_any_moment_loses_nothing_and_sends_nothing_twice(
+    triton, store_scp, start_node, tmp_path
+):
+    """Killed while it receives, classifies and delivers; only what was acknowledged must count."""
+    series = [write_series(tmp_path / f"series{number}", number, 3) for number in (2, 3, 4)]
+    send_to = f"STORESCP@127.0.0.1:{store_scp.port}"
+    moments = random.Random(7)
+    num_kills = 0
+    for files in series:
+        left = files
+        while left:
+            node = start_node(triton.grpc_url, send_to, "--no-capture")
+            left = left[send(node.port, left) :]
+            time.sleep(moments.uniform(0.0, 5.0))
+            node.stop(signal.SIGKILL)
+            num_kills += 1
+    node = start_node(triton.grpc_url, send_to, "--no-capture")
+    until(lambda: not any(node.status().values()))
+    assert node.stop() == 0
+    reports = [dcmread(file) for file in store_scp.folder.iterdir()]
+    assert {report.StudyInstanceUID for report in reports} == {
+        f"1.2.826.0.1.88.{number}.1" for number in (2, 3, 4)
+    }
+    for report in reports:
+        whole, _ = highdicom.sr.Comprehensive3DSR.from_dataset(
+            report
+        ).content.get_image_measurement_groups()
+        assert len(whole.source_images) == 3
+    assert len(reports) == 3
+    # Between the peer's answer and our note of it a kill costs one more request of the same object.
+    assert 3 <= store_scp.num_requests <= 3 + num_kills
+    assert not any(secret in node.text() for secret in SECRETS)
+
+
+def test_node_outlives_a_server_that_is_away(
+    repository, triton_environment, study, store_scp, start_node
+):
+    grpc_port = free_port()
+    node = start_node(
+        f"grpc://127.0.0.1:{grpc_port}",
+        f"STORESCP@127.0.0.1:{store_scp.port}",
+        "--connect-timeout-s",
+        "1",
+    )
+    assert send(node.port, study) == NUM_SLICES
+    until(lambda: "Trying again" in node.text())
+    assert node.status()["objects"] == NUM_SLICES
+    with LocalTriton(
+        repository, environment=triton_environment, grpc_port=grpc_port, exit_timeout_s=5
+    ):
+        until(lambda: len(list(store_scp.folder.iterdir())) == 2)
+    assert node.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--send-to"),
+        (["--send-to", "PACS"], "AE_TITLE@HOST:PORT"),
+        (["--send-to", "PACS@127.0.0.1:104", "--host", "0.0.0.0"], "--allow"),
+        (["--send-to", "PACS@127.0.0.1:104", "--quiet-s", "0"], "quiet_s"),
+        (["--status"], "no such folder"),
+    ],
+)
+def test_wrong_usage_is_told_at_once(tmp_path, options, expected):
+    done = subprocess.run(
+        [CHESTCT, "listen", "--queue", tmp_path / "queue", *options],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert expected in done.stderr

@@ -422,8 +422,9 @@ def _labelled(picture: npt.NDArray[np.uint8], series: Mapping[str, Any]) -> npt.
     canvas.paste(Image.fromarray(picture))
     draw = ImageDraw.Draw(canvas)
     label = series["label"]
-    doubt = "" if series["in_domain"] else "  OUT OF DOMAIN"
-    draw.text((6, height + 4), f"{label} {series['probabilities'][label]:.3f}{doubt}", "white")
+    outside = f"{series['num_out_of_domain']} of {series['num_slices']} slices out of domain"
+    text = f"{label} {series['probabilities'][label]:.3f}, {outside}"
+    draw.text((6, height + 4), text, "white")
     draw.text((6, height + 22), NOT_A_MEDICAL_DEVICE, "white")
     return np.asarray(canvas)
 
