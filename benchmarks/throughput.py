@@ -28,11 +28,13 @@ from benchmarks.perf_analyzer import (
 )
 from benchmarks.server import answers_of, statistics_of
 from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants, scores_of
-from chestct.batch import classify_paths
+from chestct.batch import classify_paths, classify_sources, decode_source, new_workers
 from chestct.client import ScanClient
 from chestct.contract import ModelFacts
+from chestct.fleet import Fleet
 from chestct.report import json_text
-from chestct.scan import list_scans, load_scan
+from chestct.scan import Scan, list_scans, load_scan
+from chestct.sources import Source
 from export.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
 from training.command import command_parser, run_command
@@ -307,8 +309,8 @@ def from_files(
 ) -> dict[str, Any]:
     """Scans a second from files to JSON lines, for each baseline and each served variant, scored.
 
-    The variants go the way of `chestct classify`: `classify_paths` decodes ahead in threads and
-    sends batches, `json_text` writes a line. The baselines are plain loops: load a file by the
+    The variants go the way of `chestct classify`: `classify_paths` decodes ahead and sends
+    batches, `json_text` writes a line. The baselines are plain loops: load a file by the
     same fast `load_scan`, ask the model, write a line.
 
     Raises:
@@ -345,8 +347,19 @@ def from_files(
                 lines = (folder / "lines.jsonl").read_text().splitlines()
                 if len(lines) != len(paths):
                     raise ValueError(f"{name} wrote {len(lines)} lines for {len(paths)} files")
+        limits = {}
+        for variant in variants:
+            with Fleet([grpc_url], variant.served_as) as fleet:
+                limits[variant.name] = against_limits(
+                    fleet, paths, config.batch_size, config.file_passes
+                )
     rows = [row | worth[row["way"]] for row in file_rows(seconds, len(paths))]
-    return {"num_files": len(paths), "num_scored": len(labelled), "rows": rows}
+    return {
+        "num_files": len(paths),
+        "num_scored": len(labelled),
+        "rows": rows,
+        "limits": limits,
+    }
 
 
 def _loop(infer: Infer, facts: ModelFacts) -> Way:
@@ -368,6 +381,51 @@ def _classify(client: ScanClient, batch_size: int) -> Way:
                 file.write(json_text(line))
 
     return way
+
+
+def against_limits(
+    fleet: Fleet, paths: list[Path], batch_size: int, passes: int
+) -> dict[str, float]:
+    """How near a batch comes to what decoding alone and the servers alone would allow.
+
+    All three in scans a second, medians over passes that take turns: decoding by the processes of
+    `chestct classify` without a server, the servers on scans that are decoded already, and both as
+    `classify_sources` does it, with JSON lines made. `part` is the last over the slower of the
+    first two. Where decoding and server share cores, neither has them alone in a batch.
+    """
+    sources = [Source(path) for path in paths]
+    window = fleet.facts.window
+    with new_workers(num_in_threads=0) as workers:
+
+        def decode() -> list[Any]:
+            futures = [workers.submit(decode_source, source, window) for source in sources]
+            return [each.scan.pixels for future in futures for each in future.result()[0]
+                    if isinstance(each.scan, Scan)]  # fmt: skip
+
+        pixels = decode()  # and the processes are warm
+        scans = [
+            np.stack(pixels[start : start + batch_size])
+            for start in range(0, len(pixels), batch_size)
+        ]
+
+        def serve() -> None:
+            for answer in [fleet.submit(batch) for batch in scans]:
+                answer.result()
+
+        def batch() -> None:
+            for record, _ in classify_sources(fleet, sources, workers, batch_size):
+                json_text(record)
+
+        serve()
+        seconds: dict[str, list[float]] = {"decode": [], "server": [], "batch": []}
+        for _ in range(passes):
+            for name, work in (("decode", decode), ("server", serve), ("batch", batch)):
+                started = time.perf_counter()
+                work()
+                seconds[name].append(time.perf_counter() - started)
+    rates = {name: len(pixels) / statistics.median(times) for name, times in seconds.items()}
+    part = rates["batch"] / min(rates["decode"], rates["server"])
+    return {name: round(rate, 1) for name, rate in rates.items()} | {"part": round(part, 3)}
 
 
 def file_rows(seconds: Mapping[str, list[float]], num_files: int) -> list[dict[str, Any]]:
@@ -463,6 +521,20 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {way} | {row['scans_per_s']:.1f} | {row['times_faster_than_keras_predict']:.1f} x "
             f"| {row['times_faster_than_keras_compiled']:.1f} x | {accuracy} | {area} |"
         )
+    if files.get("limits"):
+        lines += [
+            "",
+            "`chestct classify` against decoding alone and the server alone, scans/s; all of them "
+            "share the cores:",
+            "",
+            "| variant | decoding | server | both | part of the slower |",
+            "|" + " --- |" * 5,
+        ]
+        lines += [
+            f"| {name} | {row['decode']:.1f} | {row['server']:.1f} | {row['batch']:.1f} "
+            f"| {row['part']:.2f} |"
+            for name, row in files["limits"].items()
+        ]
     lines += ["", f"Under load: {result['method']}."]
     for variant, settings in result["served"].items():
         lines += _load_tables(variant, settings, result["rows"])

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.report import result_line
 from chestct.scan import inspect_scan
 from chestct.series import SeriesSlice, series_record
+from chestct.sr import classify_series
 from serving.local import LocalTriton
 from training.phantom import dicom_from_phantom, make_phantom
 
@@ -241,8 +243,6 @@ class Orthanc:
         return json.loads(self.call(path, data))
 
     def instances(self, modality: str) -> list[Dataset]:
-        from io import BytesIO
-
         return [
             dcmread(BytesIO(self.call(f"/instances/{instance}/file")))
             for series in self.get("/series?expand")
@@ -415,6 +415,24 @@ def test_node_outlives_a_server_that_is_away(
     ):
         until(lambda: len(list(store_scp.folder.iterdir())) == 2)
     assert node.stop() == 0
+
+
+def test_batch_writes_the_same_report_as_the_node_would_send(triton, study, tmp_path):
+    options = ["--url", triton.grpc_url, "--json", "--dicom-sr", tmp_path / "reports"]
+    done = subprocess.run(
+        [CHESTCT, "classify", study[0].parent, *options],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report_file, capture_file = sorted((tmp_path / "reports").iterdir(), reverse=True)
+    assert (report_file.name[-7:], capture_file.name[-7:]) == (".sr.dcm", ".sc.dcm")
+    with ScanClient(triton.grpc_url) as client:
+        sent = classify_series(client, study, checkpoint=lambda: None)
+    report, other = dcmread(report_file), dcmread(BytesIO(sent["sr"]))
+    assert report.SOPInstanceUID == other.SOPInstanceUID
+    assert report.ContentSequence == other.ContentSequence
+    assert dcmread(capture_file).pixel_array.any()
+    assert not any(secret in done.stderr for secret in SECRETS)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -157,6 +158,24 @@ def test_window_leaves_its_input_alone() -> None:
     before = hu.copy()
     apply_window(hu, LUNG_WINDOW)
     np.testing.assert_array_equal(hu, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("PNG", {}, "0b139cd4167077f4"),
+        ("JPEG", {"quality": 90}, "a5ad0db5e3e34998"),
+    ],
+)
+def test_pixels_of_pictures_never_change(kind: str, options: dict[str, Any], expected: str) -> None:
+    """What training saw and what a client sends are the same bytes, in every version."""
+    rows, columns = np.mgrid[-1:1:200j, -1:1:260j]
+    lungs = rows**2 / 0.4 + (np.abs(columns) - 0.4) ** 2 / 0.06 < 1
+    waves = 20 * np.sin(9 * rows + 5 * columns) * np.cos(14 * columns)
+    grey = np.where(lungs, 40, 170) * (rows**2 + columns**2 < 0.95) + waves
+    picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    pixels = decode_scan(picture_bytes(picture, kind, **options), "scan")
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == expected
 
 
 def test_resize_averages_when_it_reduces() -> None:

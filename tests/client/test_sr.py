@@ -358,10 +358,35 @@ def test_output_of_a_batch_goes_on_after_a_series_that_cannot_be_reported(
     item = SimpleNamespace(
         source=Source(tmp_path / "bad.dcm"), scan=inspect_scan(files[0]), activation_map=None
     )
-    output.end_series(series, [(slices[0].record, item)])
+    one = series_of(slices[:1], files)
+    output.end_series(one, [(slices[0].record, item)])
     assert output.num_failed == 1
     assert "no StudyInstanceUID" in caplog.text
     assert "SECRET" not in caplog.text
+
+
+def test_output_of_a_batch_makes_no_report_of_a_part_of_a_series(
+    series, slices, files, tmp_path, caplog
+):
+    output = DicomReports(tmp_path / "reports", LUNG_WINDOW)
+    item = SimpleNamespace(
+        source=Source(files[0]), scan=inspect_scan(files[0]), activation_map=None
+    )
+    output.end_series(series, [(slices[0].record, item)])
+    assert "1 slices at hand, expected 5" in caplog.text
+    assert list((tmp_path / "reports").iterdir()) == []
+
+
+def test_copies_of_a_slice_count_once(grpc_peer, files, tmp_path):
+    copy = tmp_path / "0 copy.dcm"
+    copy.write_bytes(files[0].read_bytes())
+    with ScanClient(grpc_peer.url) as client:
+        whole = classify_series(client, files, checkpoint=nothing)
+        again = classify_series(client, [copy, *files], checkpoint=nothing)
+    for name, data in (("whole.dcm", whole["sr"]), ("again.dcm", again["sr"])):
+        (tmp_path / name).write_bytes(data)
+    first, second = dcmread(tmp_path / "whole.dcm"), dcmread(tmp_path / "again.dcm")
+    assert first.SOPInstanceUID == second.SOPInstanceUID
 
 
 def nothing() -> None:

@@ -1,11 +1,12 @@
 """Thin client for a chest-CT classifier served by NVIDIA Triton. Not a medical device."""
 
-from chestct.batch import classify_paths, finished_paths
+from chestct.batch import classify_paths
 from chestct.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts, Window
 from chestct.errors import (
     ChestCTError,
     ContractError,
+    DecoderCrashedError,
     InferenceError,
     InferenceTimeoutError,
     OutOfDomainError,
@@ -43,6 +44,7 @@ __all__ = [
     "AsyncScanClient",
     "ChestCTError",
     "ContractError",
+    "DecoderCrashedError",
     "Health",
     "InferenceError",
     "InferenceTimeoutError",
@@ -67,7 +69,6 @@ __all__ = [
     "classify_paths",
     "decode_scan",
     "error_line",
-    "finished_paths",
     "group_series",
     "inspect_scan",
     "inspect_scans",

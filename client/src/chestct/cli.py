@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -13,22 +14,40 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from chestct import __version__
-from chestct.batch import classify_paths, finished_paths
+from chestct.batch import DECODE_LIMIT_S, NUM_IN_THREADS, classify_sources, new_workers
 from chestct.client import ScanClient, TLSOptions
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.errors import OutOfDomainError, ServerError, SpoolError
-from chestct.report import json_text
-from chestct.scan import SCAN_SUFFIXES, list_scans
+from chestct.find import Choice, find_sources, listed_paths, watch_sources
+from chestct.fleet import Fleet
+from chestct.gather import SeriesGatherer
+from chestct.outputs import (
+    FORMATS,
+    Finished,
+    Item,
+    Output,
+    ParquetFile,
+    Record,
+    RecordFile,
+    format_of,
+    journal_of,
+    open_records,
+)
+from chestct.report import json_text, plain_text
+from chestct.scan import SCAN_SUFFIXES
+from chestct.sources import Source
+from chestct.workers import Workers
 
 __all__ = ["entry_point", "main"]
 
 DONE, SOME_FAILED, WRONG_USAGE, NO_SERVER = 0, 1, 2, 3
+PROGRESS_PERIOD_S = 0.1
 LISTEN_CONNECT_TIMEOUT_S = 5.0
 INTERRUPTED, STDOUT_CLOSED = 130, 141  # 128 + the signal, as shells have it
 
@@ -82,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument(
         "--url",
+        action=_Addresses,
         default=os.environ.get("CHESTCT_URL", "grpc://127.0.0.1:8001"),
         help="grpc://HOST:8001, grpcs://, http://HOST:8000 or https:// (%(default)s; "
         "the variable CHESTCT_URL changes this default)",
@@ -118,21 +138,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    classify = command("classify", "classify scan files and folders of them", _classify)
-    classify.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help=f"a scan, or a folder searched for {', '.join(SCAN_SUFFIXES)} and unnamed DICOM files",
+    _add_classify_arguments(
+        command("classify", "classify scan files and folders of them", _classify)
     )
-    classify.add_argument("--json", action="store_true", help="JSON lines on stdout, no table")
-    classify.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines to FILE")
-    classify.add_argument("--resume", action="store_true", help="pass over the scans in --output")
-    classify.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="scans in one request (%(default)s)"
-    )
-    classify.add_argument("--fail-fast", action="store_true", help="stop at the first bad scan")
     listen = command("listen", "take CT series by DICOM, send reports back", _listen)
     listen.add_argument(
         "--queue", type=Path, required=True, metavar="DIR", help="folder that survives a crash"
@@ -188,6 +196,120 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Addresses(argparse.Action):
+    """`url` is the last address, `urls` holds all."""
+
+    def __call__(self, parser: object, namespace: Any, values: Any, *_: object) -> None:
+        namespace.url = values
+        namespace.urls = [*getattr(namespace, "urls", ()), values]
+
+
+def _add_classify_arguments(classify: argparse.ArgumentParser) -> None:
+    classify.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help=f"a scan, a zip archive, or a folder searched for {', '.join(SCAN_SUFFIXES)}, "
+        "archives and unnamed DICOM files; - reads a list of paths, one a line, from stdin",
+    )
+    results = classify.add_argument_group("results")
+    results.add_argument("--json", action="store_true", help="JSON lines on stdout, no table")
+    results.add_argument("--output", type=Path, metavar="FILE", help="write the records to FILE")
+    results.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of --output (by its suffix: .csv, .parquet, else jsonl)",
+    )
+    results.add_argument("--resume", action="store_true", help="pass over the scans in --output")
+    results.add_argument(
+        "--overlays", type=Path, metavar="DIR", help="a PNG of each scan with its activation map"
+    )
+    results.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="one page with thumbnails; it holds images of patients",
+    )
+    results.add_argument(
+        "--dicom-sr",
+        type=Path,
+        metavar="DIR",
+        help="a DICOM SR and a Secondary Capture of each series; they hold the patient's name",
+    )
+    results.add_argument("--no-series", action="store_true", help="no records of whole series")
+    results.add_argument(
+        "--with-uids", action="store_true", help="DICOM UIDs in the records; none without"
+    )
+    which = classify.add_argument_group("which scans")
+    which.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only scans whose path or name matches; may be repeated",
+    )
+    which.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="no scans whose path or name matches; may be repeated",
+    )
+    which.add_argument("--limit", type=int, metavar="N", help="at most N files")
+    which.add_argument("--fail-fast", action="store_true", help="stop at the first bad scan")
+    which.add_argument(
+        "--dry-run", action="store_true", help="list the files, and ask no server about them"
+    )
+    which.add_argument(
+        "--watch", action="store_true", help="go on with new scans as they come, until Ctrl-C"
+    )
+    which.add_argument(
+        "--settle-s",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="how long a folder has to be at rest under --watch (%(default)s)",
+    )
+    speed = classify.add_argument_group("speed")
+    speed.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="scans in one request (%(default)s)"
+    )
+    speed.add_argument(
+        "--workers", type=int, metavar="N", help="files decoded at once (one for each processor)"
+    )
+    speed.add_argument(
+        "--decode-limit-s",
+        type=float,
+        default=DECODE_LIMIT_S,
+        metavar="S",
+        help="how long one file may take to decode (%(default)s)",
+    )
+    speed.add_argument(
+        "--isolate",
+        action="store_true",
+        help=f"decode the first {NUM_IN_THREADS} files in other processes too",
+    )
+    speed.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where to decode and to ask the servers from: here, or on a Ray cluster (%(default)s)",
+    )
+    speed.add_argument(
+        "--ray-address",
+        default="",
+        metavar="ADDRESS",
+        help="of the Ray cluster (one is started on this machine)",
+    )
+    speed.add_argument(
+        "--patience-s",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="how long all servers may be away before the run ends (%(default)s)",
+    )
+
+
 def _client(arguments: argparse.Namespace) -> ScanClient:
     if arguments.url.startswith("http"):
         import tritonclient.http  # noqa: F401
@@ -207,6 +329,22 @@ def _client(arguments: argparse.Namespace) -> ScanClient:
         raise _UsageError(error) from error
 
 
+def _fleet(arguments: argparse.Namespace) -> Fleet:
+    urls = getattr(arguments, "urls", None) or arguments.url.split(",")
+    try:
+        files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+        return Fleet(
+            urls,
+            arguments.model,
+            timeout_s=arguments.timeout_s,
+            connect_timeout_s=arguments.connect_timeout_s,
+            tls=TLSOptions(*files) if any(files) else None,
+            patience_s=arguments.patience_s,
+        )
+    except ValueError as error:
+        raise _UsageError(error) from error
+
+
 def _health(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         health = client.health()
@@ -215,39 +353,6 @@ def _health(arguments: argparse.Namespace) -> int:
         f"answered in {health.latency_ms:.1f} ms\n{health.notice}\n"
     )
     return DONE
-
-
-def _classify(arguments: argparse.Namespace) -> int:
-    if arguments.batch_size < 1:
-        raise _UsageError(f"--batch-size {arguments.batch_size}: expected at least 1")
-    client = _client(arguments)
-    paths = _found_scans(arguments.paths)
-    finished = _finished(arguments.output, arguments.resume)
-    left = (path for path in paths if str(path) not in finished)
-    first = next(left, None)
-    if first is None:
-        _say(f"nothing to do: all scans are in {arguments.output}")
-        return DONE
-    with client, contextlib.ExitStack() as stack:
-        outputs = [sys.stdout] if arguments.json else []
-        if arguments.output is not None:
-            # Line-buffered: after a crash at most the last line is torn.
-            opened = arguments.output.open("a", buffering=1, encoding="ascii", newline="\n")
-            outputs.append(stack.enter_context(opened))
-        table = None if arguments.json else _Table(client.facts.labels)
-        tally = stack.enter_context(_Tally(client, has_table=table is not None))
-        if table is not None:
-            stack.callback(lambda: table.sign(tally.signature))
-        for line in classify_paths(client, chain([first], left), arguments.batch_size):
-            for output in outputs:
-                output.write(json_text(line))
-            if table is not None:
-                table.write(line)
-            sys.stdout.flush()
-            tally.add(line)
-            if arguments.fail_fast and line["status"] == "error":
-                break
-    return SOME_FAILED if tally.num_errors else DONE
 
 
 def _listen(arguments: argparse.Namespace) -> int:
@@ -317,36 +422,253 @@ def _log_to_stderr() -> None:
     warnings.simplefilter("ignore")
 
 
-def _found_scans(roots: Sequence[Path]) -> Iterator[Path]:
+def _classify(arguments: argparse.Namespace) -> int:
+    for name in ("batch_size", "workers", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise _UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if arguments.watch and arguments.engine != "local":
+        raise _UsageError("--watch works with --engine local only")
+    if arguments.engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise _UsageError('--engine ray needs Ray: pip install "chestct[ray]"')
+    fleet = _fleet(arguments)
+    num_in_threads = 0 if arguments.isolate else NUM_IN_THREADS
+    try:
+        workers = new_workers(
+            arguments.workers, limit_s=arguments.decode_limit_s, num_in_threads=num_in_threads
+        )
+    except ValueError as error:
+        raise _UsageError(f"--decode-limit-s: {error}") from error
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
+        sources = _found_sources(arguments)
+        records = _earlier_records(arguments)
+        if records is not None:
+            stack.callback(records.close)
+        finished = Finished() if records is None else records.finished
+        left = _left(sources, finished)
+        if arguments.limit is not None:
+            left = islice(left, arguments.limit)
+        if arguments.dry_run:
+            return _list(left)
+        first = list(islice(left, 1))  # before a server is asked
+        if not first:
+            _say(f"nothing to do: all scans are in {arguments.output}")
+            return DONE
+        stack.enter_context(workers)
+        stack.enter_context(fleet)
+        outputs = _outputs(arguments, fleet, records, stack)
+        run = _Run(arguments, fleet, outputs, finished, stack)
+        for record, item in _classified(arguments, fleet, chain(first, left), workers, run):
+            if run.take(record, item) and arguments.fail_fast:
+                break
+        else:
+            run.end_series(None)
+    return SOME_FAILED if run.tally.num_failed else DONE
+
+
+def _classified(
+    arguments: argparse.Namespace,
+    fleet: Fleet,
+    sources: Iterable[Source | None],
+    workers: Workers,
+    run: _Run,
+) -> Iterator[tuple[Record, Item]]:
+    if arguments.engine == "local":
+        return classify_sources(
+            fleet,
+            sources,
+            workers,
+            arguments.batch_size,
+            with_map=run.wants_maps,
+            finished=run.finished,
+        )
+    from chestct.cluster import RayOptions, classify_on_ray
+
+    options = RayOptions(
+        arguments.ray_address,
+        num_decoders=workers.num_workers,
+        num_senders=len(fleet.urls),
+        decode_limit_s=arguments.decode_limit_s,
+        batch_size=min(arguments.batch_size, fleet.max_batch_size),
+        with_map=run.wants_maps,
+    )
+    return classify_on_ray(fleet, sources, options, run.finished)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A service manager ends a run as Ctrl-C does: what was finished is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _found_sources(arguments: argparse.Namespace) -> Iterator[Source | None]:
+    choice = Choice(tuple(arguments.include), tuple(arguments.exclude))
+    roots = [Path(text) for text in arguments.paths if text != "-"]
+    if arguments.watch:
+        if len(roots) < len(arguments.paths) or not arguments.settle_s > 0:
+            raise _UsageError("--watch needs folders, and --settle-s above 0 seconds")
+        return watch_sources(roots, choice, arguments.settle_s)
     for root in roots:
-        if not root.exists():
+        if not os.path.lexists(root):
             raise _UsageError(f"{root}: no such file or folder")
-    found = chain.from_iterable(list_scans(root) for root in roots)
+    parts = [
+        find_sources(listed_paths(sys.stdin) if text == "-" else [Path(text)], choice)
+        for text in arguments.paths
+    ]
+    found = chain.from_iterable(parts)
     first = next(found, None)
     if first is None:
         raise _UsageError(
-            f"no scans in {', '.join(map(str, roots))}: expected {', '.join(SCAN_SUFFIXES)}"
+            f"no scans in {', '.join(map(str, roots)) or 'the list'}: expected "
+            f"{', '.join(SCAN_SUFFIXES)}"
         )
     return chain([first], found)
 
 
-def _finished(output: Path | None, resume: bool) -> set[str]:
+def _left(sources: Iterable[Source | None], finished: Finished) -> Iterator[Source | None]:
+    return (
+        source
+        for source in sources
+        if source is None or source.name not in finished or source.name in finished.pending
+    )
+
+
+def _list(sources: Iterable[Source | None]) -> int:
+    count = 0
+    for source in sources:
+        if source is None:  # all that is there by now
+            break
+        count += 1
+        sys.stdout.write(_printable(source.name, sys.stdout) + "\n")
+    _say(f"{count} file{'s' * (count != 1)} would be classified")
+    return DONE
+
+
+def _earlier_records(arguments: argparse.Namespace) -> RecordFile | ParquetFile | None:
+    """The file of an earlier run, if there is one to go on with."""
+    output: Path | None = arguments.output
     if output is None:
-        if resume:
+        if arguments.resume:
             raise _UsageError("--resume needs --output FILE")
-        return set()
+        return None
     if not output.parent.is_dir():
         raise _UsageError(f"{output}: the folder {output.parent} is not there")
     if output.is_dir():
         raise _UsageError(f"{output}: a folder, expected a file to write to")
-    if not output.is_file():
-        return set()
-    if not resume:
+    form = format_of(output, arguments.format)
+    is_begun = output.is_file() or journal_of(output).is_file()
+    if not is_begun or (form != "parquet" and not output.is_file()):
+        return None
+    if not arguments.resume:
         raise _UsageError(f"{output}: exists. Add --resume to go on, or name another file.")
     try:
-        return finished_paths(output)
+        return open_records(output, form, resume=True)
     except (ValueError, OSError) as error:
         raise _UsageError(f"cannot resume: {error}") from error
+
+
+def _outputs(
+    arguments: argparse.Namespace,
+    fleet: Fleet,
+    records: RecordFile | ParquetFile | None,
+    stack: contextlib.ExitStack,
+) -> list[Output]:
+    """Everything that is written to; the records come last, see `chestct.outputs`."""
+    labels = fleet.facts.labels
+    outputs: list[Output] = []
+    if arguments.overlays is not None or arguments.html is not None:
+        from chestct.pictures import HtmlReport, OverlayPngs
+
+        if arguments.overlays is not None:
+            outputs.append(OverlayPngs(arguments.overlays, labels))
+        if arguments.html is not None:
+            outputs.append(HtmlReport(arguments.html, labels))
+    if arguments.dicom_sr is not None:
+        if arguments.no_series:
+            raise _UsageError("--dicom-sr reports on series, which --no-series leaves out")
+        from chestct.sr import DicomReports
+
+        try:
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window))
+        except ImportError as error:
+            raise _UsageError(error) from error
+    for output in outputs:
+        stack.callback(output.close)
+    try:
+        if records is None and arguments.output is not None:
+            form = format_of(arguments.output, arguments.format)
+            records = open_records(arguments.output, form)
+            stack.callback(records.close)
+        if records is not None:
+            records.start(labels)
+            outputs.append(records)
+    except ValueError as error:
+        raise _UsageError(error) from error
+    return outputs
+
+
+class _Run:
+    """What happens to every record: series, outputs, stdout, and the summary."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        fleet: Fleet,
+        outputs: Sequence[Output],
+        finished: Finished,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._outputs = outputs
+        self.finished = finished
+        self.wants_maps = any(output.wants_maps for output in outputs)
+        self._has_series = not arguments.no_series
+        self._table = None if arguments.json else _Table(fleet.facts.labels)
+        self.tally = stack.enter_context(
+            _Tally(fleet, arguments.paths, has_table=self._table is not None)
+        )
+        if self._table is not None:
+            table = self._table
+            stack.callback(lambda: table.sign(self.tally.signature))
+        self._gatherer = SeriesGatherer(
+            finished,
+            with_uids=arguments.with_uids,
+            keeps_items=any(output.wants_series for output in outputs),
+        )
+
+    def take(self, record: Record, item: Item) -> bool:
+        """Hands a record to everyone; whether it is that of a scan that failed."""
+        self.end_series(record["path"])
+        is_new = record["path"] not in self.finished
+        record = self._gatherer.add(record, item)
+        if not is_new:
+            return False
+        for output in self._outputs:
+            output.add(record, item)
+        return self._show(record)
+
+    def end_series(self, path: str | None) -> None:
+        """Sums up the series that do not go on at a path."""
+        for record, items in self._gatherer.left(path):
+            if self._has_series:
+                for output in self._outputs:
+                    output.end_series(record, items if output.wants_series else ())
+                self._show(record)
+
+    def _show(self, record: Record) -> bool:
+        if self._table is None:
+            sys.stdout.write(json_text(record))
+        else:
+            self._table.write(record)
+        sys.stdout.flush()
+        return self.tally.add(record)
 
 
 class _Table:
@@ -356,17 +678,21 @@ class _Table:
         self._width = max(len(label) for label in (*labels, "label"))
         self._row("label", "probability", "in domain", "path")
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Record) -> None:
         """One row for a record."""
+        is_series = "num_slices" in line
+        text = f"series {line['series']} of {line['path']}" if is_series else line["path"]
+        why_not = line.get("warnings" if is_series else "reasons", ())
         if line["status"] == "error":
-            self._row("ERROR", "-", "NO" if _is_refused(line) else "-", line["error"]["message"])
+            message = line["error"]["message"]
+            text = f"{text}: {message}" if is_series else message
+            self._row("ERROR", "-", "NO" if _is_skipped(line) else "-", text)
             return
+        if why_not:
+            text = f"{text}: {'; '.join(why_not)}"
         probability = f"{line['probabilities'][line['label']]:.3f}"
-        if line["in_domain"]:
-            self._row(line["label"], probability, "yes", line["path"])
-        else:
-            text = f"{line['path']}: {'; '.join(line['reasons'])}"
-            self._row(line["label"], probability, "NO", text)
+        in_domain = "-" if is_series else "yes" if line["in_domain"] else "NO"
+        self._row(line["label"], probability, in_domain, text)
 
     def sign(self, signature: Sequence[str]) -> None:
         """Ends the table: it may be kept without what stderr says."""
@@ -382,15 +708,19 @@ class _Table:
 class _Tally:
     """Counts what was done; shows progress on a terminal and a summary at the end."""
 
-    def __init__(self, client: ScanClient, *, has_table: bool) -> None:
+    def __init__(self, fleet: Fleet, paths: Sequence[str], *, has_table: bool) -> None:
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
+        self._series: Counter[str] = Counter()
         self._num_outside = 0
-        self._num_refused = 0
-        self.num_errors = 0
-        self._asked = _model_text(client.model, client.model_version, client.facts.run)
+        # Who names a file wants to know about it; a folder may hold anything.
+        self._named = {path for path in paths if os.path.isfile(path)}
+        self._asked = _model_text(fleet.model, fleet.model_version, fleet.facts.run)
         self._answered: dict[str, None] = {}
         self._start_s = time.perf_counter()
+        self._shown_s = -PROGRESS_PERIOD_S
         # Rows that scroll by on the same terminal are progress enough.
         self._is_shown = sys.stderr.isatty() and not sys.stdout.isatty()
         self._is_signed = has_table and sys.stderr.isatty() and sys.stdout.isatty()
@@ -402,38 +732,56 @@ class _Tally:
         if self._is_shown:
             sys.stderr.write("\r\033[K")
         parts = [f"{count} {label}" for label, count in sorted(self._counts.items())]
-        parts += [f"{self.num_errors} failed"] if self.num_errors else []
+        parts += [f"{self.num_failed} failed"] if self.num_failed else []
         _say(f"{self._progress()}: {', '.join(parts) or 'nothing finished'}")
-        if self._num_refused:
-            _say(f"{self._num_refused} refused: no axial CT slice by the DICOM tags")
-        if self._num_outside:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in self._reasons.most_common())
-            _say(f"{self._num_outside} out of domain, do not rely on their labels: {kinds}")
+        for counts, text in (
+            (self._series, "series"),
+            (self._failures, "failed"),
+            (self._skipped, "skipped, no axial CT slice by the DICOM tags"),
+            (self._reasons, "out of domain, do not rely on their labels"),
+        ):
+            total = self._num_outside if counts is self._reasons else counts.total()
+            if total:
+                kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+                _say(f"{total} {text}: {kinds}")
         if not self._is_signed:
             for text in self.signature:
                 _say(text)
+
+    @property
+    def num_failed(self) -> int:
+        """How many scans are not classified and should have been."""
+        return self._failures.total()
 
     @property
     def signature(self) -> list[str]:
         """What made the results, and what they are not."""
         return [*(self._answered or [self._asked]), NOT_A_MEDICAL_DEVICE]
 
-    def add(self, line: dict[str, Any]) -> None:
-        """Counts one record."""
-        if line["status"] == "error":
-            self.num_errors += 1
-            self._num_refused += _is_refused(line)
+    def add(self, line: Record) -> bool:
+        """Counts one record; whether it is that of a scan that failed."""
+        has_failed = False
+        if "num_slices" in line:
+            self._series[line.get("label", "out of domain")] += 1
+        elif line["status"] == "error":
+            has_failed = not _is_skipped(line) or line["path"] in self._named
+            if has_failed:
+                self._failures[line["error"]["type"]] += 1
+            else:
+                self._skipped[line["error"].get("kind", "unknown")] += 1
         else:
             self._counts[line["label"]] += 1
             self._num_outside += not line["in_domain"]
             self._reasons.update(reason.partition(":")[0] for reason in line.get("reasons", ()))
             self._answered[_model_text(**line["model"])] = None
-        if self._is_shown:
+        if self._is_shown and time.perf_counter() - self._shown_s >= PROGRESS_PERIOD_S:
+            self._shown_s = time.perf_counter()
             sys.stderr.write(f"\r{self._progress()}")
             sys.stderr.flush()
+        return has_failed
 
     def _progress(self) -> str:
-        num_scans = self._counts.total() + self.num_errors
+        num_scans = self._counts.total() + self.num_failed + self._skipped.total()
         rate = num_scans / (time.perf_counter() - self._start_s)
         return f"{num_scans} scan{'s' * (num_scans != 1)}, {rate:.1f} scans/s"
 
@@ -442,7 +790,7 @@ def _model_text(name: str, version: str, run: str) -> str:
     return f"model {name} version {version}, run {run}"
 
 
-def _is_refused(line: dict[str, Any]) -> bool:
+def _is_skipped(line: Record) -> bool:
     return bool(line["error"]["type"] == OutOfDomainError.__name__)
 
 
@@ -457,9 +805,8 @@ def _fail(reason: object, code: int) -> int:
 
 def _printable(text: str, stream: TextIO) -> str:
     """Text without control characters (file names may hold any) that the stream can encode."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = stream.encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return plain_text(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _abandon_stdout() -> None:

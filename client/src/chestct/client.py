@@ -258,6 +258,7 @@ class _Session:
         self.timeout_s = timeout_s
         self.connect_timeout_s = connect_timeout_s
         self.retries = retries
+        self.tls = tls
         self._tls = tls or TLSOptions()
         self._known: _Served | None = None
         self._wire: Any = None

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from chestct import limits
 from chestct.domain import DOMAIN_KEYWORDS, plane_of, tag_text, tag_value
 from chestct.errors import ScanDecodeError
-from chestct.limits import ACCEPTED, MAX_FRAMES, require_sides, require_size
+from chestct.limits import ACCEPTED, MAX_FRAMES, MAX_SLICE_PIXELS, require_sides, require_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -262,16 +262,37 @@ def require_grey(dataset: Dataset, name: str) -> None:
     if "Rows" not in dataset or "Columns" not in dataset:
         modality = tag_text(dataset, "Modality") or "unknown modality"
         raise ScanDecodeError(f"{name}: DICOM without a picture ({modality}), {ACCEPTED}")
-    require_sides(int(dataset.Columns), int(dataset.Rows), name)
+    width, height = int(dataset.Columns), int(dataset.Rows)
+    require_sides(width, height, name)
+    if width * height > MAX_SLICE_PIXELS:
+        raise ScanDecodeError(
+            f"{name}: a slice of {width} x {height} pixels, expected at most 4096 x 4096"
+        )
     if num_frames(dataset) > MAX_FRAMES:
         raise ScanDecodeError(
             f"{name}: {num_frames(dataset)} frames, expected at most {MAX_FRAMES}"
         )
+    _require_whole_frames(dataset, name)
     interpretation = dataset.get("PhotometricInterpretation")
     if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanDecodeError(
             f"{name}: photometric interpretation {interpretation}, expected one grey channel "
             "(MONOCHROME1 or MONOCHROME2). Send the original CT slice."
+        )
+
+
+def _require_whole_frames(dataset: Dataset, name: str) -> None:
+    """One error for a torn file, not one for each of its frames."""
+    if num_frames(dataset) == 1 or dataset.get("PixelData") is None:
+        return
+    if dataset["PixelData"].is_undefined_length:  # compressed
+        return
+    frame_bytes = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
+    num_bytes = len(dataset.PixelData)
+    if num_bytes < num_frames(dataset) * frame_bytes:
+        raise ScanDecodeError(
+            f"{name}: pixels of {num_bytes // max(frame_bytes, 1)} frames, expected those of "
+            f"{num_frames(dataset)}. Export the file again."
         )
 
 
@@ -301,11 +322,11 @@ def stored_values(dataset: Dataset, frame: int, name: str) -> npt.NDArray[Any]:
         if not syntax.is_compressed:
             raise
         try:
-            lacking = get_decoder(syntax).missing_dependencies
-        except NotImplementedError:
-            lacking = []
+            lacks_decoder = not get_decoder(syntax).is_available
+        except NotImplementedError:  # nothing that could be installed reads it
+            lacks_decoder = False
         remedy = "Store the slice uncompressed"
-        if lacking:
+        if lacks_decoder:
             remedy += ', or install the decoders: pip install "chestct[dicom]"'
         raise ScanDecodeError(
             f"{name}: pixels compressed as {syntax.name} cannot be decoded here. {remedy}."

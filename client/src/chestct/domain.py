@@ -125,23 +125,25 @@ def dicom_kind(dataset: Dataset) -> str:
     """What a file that `dicom_reasons` speaks against is, in one or two words.
 
     Returns:
-        `structured report`, `secondary capture`, `other object` (any other SOP class), `other
-        modality`, `localizer`, `coronal`, `sagittal` or `oblique`: the first that holds; empty for
-        what may be an axial CT slice.
+        `structured report`, `secondary capture`, `other object` (a PDF, a dose, a segmentation),
+        `other modality`, `localizer`, `coronal`, `sagittal` or `oblique`: the first that holds;
+        empty for what may be an axial CT slice.
     """
     from pydicom.uid import UID
 
     sop_class = UID(tag_text(dataset, "SOPClassUID"))
-    if _is_other_object(sop_class):
-        name = sop_class.name
-        if name.endswith((" SR Storage", "SR Storage - Trial")) or " SR" in name:
-            return "structured report"
-        return "secondary capture" if "Secondary Capture" in name else "other object"
+    name = sop_class.name if _is_other_object(sop_class) else ""
     modality = tag_text(dataset, "Modality").upper()
-    if modality == "SR":
+    if " SR " in name or modality == "SR":
         return "structured report"
+    if "Secondary Capture" in name:
+        return "secondary capture"
+    if name and "Image Storage" not in name:
+        return "other object"
     if modality not in ("", "CT"):
         return "other modality"
+    if name:
+        return "other object"
     if _is_localizer(dataset):
         return "localizer"
     plane = plane_of(dataset)

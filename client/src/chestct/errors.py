@@ -3,6 +3,7 @@
 ChestCTError
 +-- ScanDecodeError          a file is not a readable axial slice
 |   +-- OutOfDomainError     a DICOM file whose tags say that it is no axial CT slice
+|   +-- DecoderCrashedError  decoding ended the process that it ran in, or ran too long
 +-- ReportError              DICOM objects cannot be made of a result
 +-- SpoolError               the queue of a DICOM node cannot be used
 |   +-- SpoolFullError       it holds as much as it may
@@ -16,6 +17,7 @@ ChestCTError
 __all__ = [
     "ChestCTError",
     "ContractError",
+    "DecoderCrashedError",
     "InferenceError",
     "InferenceTimeoutError",
     "OutOfDomainError",
@@ -49,6 +51,10 @@ class OutOfDomainError(ScanDecodeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class DecoderCrashedError(ScanDecodeError):
+    """A file whose decoding ended the process that it ran in, or did not end in its time."""
 
 
 class ServerError(ChestCTError):

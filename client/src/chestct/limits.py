@@ -9,6 +9,7 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MAX_FRAMES",
     "MAX_PIXELS",
+    "MAX_SLICE_PIXELS",
     "MIN_SIDE_PX",
     "require_sides",
     "require_size",
@@ -16,6 +17,7 @@ __all__ = [
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 64 * 10**6  # below the limit at which Pillow itself begins to warn
+MAX_SLICE_PIXELS = 4096 * 4096  # of DICOM; scanners make 512 to 2048 a side
 MAX_FRAMES = 4096  # 2 m of body in slices of 0.5 mm
 MIN_SIDE_PX = 32
 ACCEPTED = "expected an axial slice as PNG, JPEG or DICOM"

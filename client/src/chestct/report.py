@@ -1,10 +1,11 @@
-"""The record of one scan, as it stands in every JSON line."""
+"""The record of one scan, as it stands in every JSON line, and as a row of a table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 
@@ -13,7 +14,112 @@ if TYPE_CHECKING:
 
     from chestct.client import Predictions
 
-__all__ = ["error_line", "json_text", "result_line"]
+__all__ = [
+    "Column",
+    "columns_of",
+    "error_line",
+    "flat_record",
+    "json_text",
+    "nested_record",
+    "plain_text",
+    "result_line",
+]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of records.
+
+    Attributes:
+        name: Key of the record; `key.inner` for what stands in an object within it.
+        kind: What its values are; `texts` is a list of sentences, `json` anything else.
+    """
+
+    name: str
+    kind: Literal["text", "texts", "number", "count", "truth", "json"] = "text"
+
+
+def columns_of(labels: Sequence[str]) -> list[Column]:
+    """The columns of every record of a model with these labels, in order.
+
+    Those of series, as made by `chestct.series.series_record`, are among them.
+    """
+    return [
+        Column("path"),
+        Column("status"),
+        Column("label"),
+        *(Column(f"probabilities.{label}", "number") for label in labels),
+        Column("in_domain", "truth"),
+        Column("reasons", "texts"),
+        Column("domain_distance", "number"),
+        Column("model.name"),
+        Column("model.version"),
+        Column("model.run"),
+        Column("ms.decode", "number"),
+        Column("ms.infer", "number"),
+        Column("error.type"),
+        Column("error.kind"),
+        Column("error.message"),
+        Column("series", "count"),
+        Column("study_uid"),
+        Column("series_uid"),
+        Column("sop_uid"),
+        Column("num_slices", "count"),
+        Column("num_out_of_domain", "count"),
+        Column("num_failed", "count"),
+        Column("aggregation.rule"),
+        Column("aggregation.num_slices", "count"),
+        Column("slice.path"),
+        Column("slice.position_mm", "number"),
+        Column("slice.evidence", "number"),
+        Column("kernel"),
+        Column("gaps_mm", "json"),
+        Column("warnings", "texts"),
+        Column("notice"),
+    ]
+
+
+def flat_record(record: Mapping[str, Any], columns: Sequence[Column]) -> list[Any]:
+    """The values of a record in the order of the columns; None for what it does not have.
+
+    Raises:
+        ValueError: The record holds something that has no column.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{inner}": kept for inner, kept in value.items()})
+        else:
+            flat[key] = value
+    row = [flat.pop(column.name, None) for column in columns]
+    if flat:
+        raise ValueError(f"no column for {', '.join(flat)} in this output")
+    return row
+
+
+def nested_record(row: Sequence[Any], columns: Sequence[Column]) -> dict[str, Any]:
+    """The record that `flat_record` made a row of."""
+    record: dict[str, Any] = {}
+    for value, column in zip(row, columns, strict=True):
+        key, dot, inner = column.name.partition(".")
+        if value is None:
+            continue
+        if dot:
+            record.setdefault(key, {})[inner] = value
+        else:
+            record[key] = value
+    return record
+
+
+def plain_text(text: str) -> str:
+    r"""Text on one line that any encoding of Unicode takes.
+
+    Control characters and the bytes of file names that are not UTF-8 become escapes such as
+    `\n` and `\udcff`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def result_line(
@@ -63,11 +169,19 @@ def result_line(
 
 
 def error_line(path: str, error: Exception) -> dict[str, Any]:
-    """The record of a scan that could not be classified: `path`, `status`, `error`, `notice`."""
+    """The record of a scan that could not be classified: `path`, `status`, `error`, `notice`.
+
+    `error` holds `type`, `message` and, of what is no axial CT slice, the `kind` of thing it is.
+    """
+    kind = getattr(error, "kind", "")
     return {
         "path": path,
         "status": "error",
-        "error": {"type": type(error).__name__, "message": str(error)},
+        "error": {
+            "type": type(error).__name__,
+            **({"kind": kind} if kind else {}),
+            "message": str(error),
+        },
         "notice": NOT_A_MEDICAL_DEVICE,
     }
 

@@ -274,7 +274,10 @@ def _decoding(kind: str, name: str) -> Iterator[None]:
             yield
     except ScanDecodeError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A codec written in Rust panics with an exception that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ScanDecodeError(
             f"{name}: broken or unsupported {kind} file ({reason}). Export the slice again."

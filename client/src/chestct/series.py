@@ -12,6 +12,7 @@ from normal, and more so the more slices there are.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,7 +252,14 @@ def _common_path(paths: Sequence[str]) -> str:
     if len(files) == 1:
         return files.pop()
     try:
-        common = os.path.commonpath([os.path.dirname(file) for file in files])
+        common = os.path.commonpath([_holder(file) for file in files])
     except ValueError:  # some absolute, some relative
         common = ""
     return common or "."
+
+
+def _holder(file: str) -> str:
+    """The folder or archive that holds a file."""
+    folder, name = os.path.split(file)
+    archive = re.match(r"(.*\.zip)!", name, re.IGNORECASE)
+    return os.path.join(folder, archive[1]) if archive else folder

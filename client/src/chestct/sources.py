@@ -197,7 +197,9 @@ class _BoundedFile(FileIO):
     limit = MAX_DIRECTORY_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0 or size > self.limit:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > self.limit:
             raise zipfile.BadZipFile(f"its directory is larger than {self.limit // 2**20} MiB")
         return super().read(size) or b""
 

@@ -153,10 +153,17 @@ class DicomReports:
         if not items:
             return
         try:
-            slices = _source_slices([(line, item.source, item.scan.facts) for line, item in items])
+            found = [(line, item.source, item.scan.facts) for line, item in items if item.scan]
+            slices = _source_slices(found)
+            if len(slices) != record["num_slices"]:
+                raise ReportError(
+                    f"{len(slices)} slices at hand, expected {record['num_slices']}. "
+                    "Classify the series again without --resume."
+                )
             objects = {"sr": structured_report(record, slices)}
             if record["status"] == "ok":
-                item = items[_chief(record, slices)][1]
+                chief = record["slice"]["path"]
+                item = next(item for line, item in items if line["path"] == chief)
                 facts, evidence = item.scan.facts, item.activation_map
                 picture = _picture(record, item.source, facts.frame, self._window, evidence)
                 objects["sc"] = secondary_capture(record, slices, picture)
@@ -237,7 +244,10 @@ def classify_series(
     objects = {"sr": structured_report(series, slices)}
     if series["status"] == "ok" and with_capture:
         checkpoint()
-        _, source, facts = found[_chief(series, slices)]
+        path = series["slice"]["path"]
+        source, facts = next(
+            (source, facts) for line, source, facts in found if line["path"] == path
+        )
         chief = list(inspect_scans(source, window))[max(facts.frame - 1, 0)].scan
         if isinstance(chief, ScanDecodeError):
             raise chief

@@ -1,0 +1,141 @@
+"""Fuzzes decoding: `python tests/client/fuzz_scan.py SECONDS [FOLDER]` (Linux on x86-64).
+
+Starts from phantoms as PNG, JPEG and DICOM in all encodings that can be written here, damages
+them, and ends with 0 if nothing came of it but slices and `ScanDecodeError`. A crash of a native
+codec, an input that takes longer than 10 seconds, or a memory above 1 GiB ends it otherwise, with
+the input in FOLDER.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["chestct", "pydicom"]):
+    import pydicom
+    from pydicom.uid import (
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        ImplicitVRLittleEndian,
+        JPEG2000Lossless,
+        RLELossless,
+    )
+
+    from chestct.contract import LUNG_WINDOW
+    from chestct.errors import ScanDecodeError
+    from chestct.scan import _inspected, _opened, apply_window, num_frames
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from training.phantom import dicom_from_phantom, make_phantom
+
+SIDE = 40
+TIMEOUT_S = 10
+MEMORY_MIB = 1024
+MAX_SEED_FRAMES = 4
+
+
+def seeds() -> Iterator[bytes]:
+    """Whole files of a few kilobytes: small ones are damaged in more ways a second."""
+    phantom = make_phantom("adenocarcinoma", 3, size=128)
+    hu = phantom.hu[::3, ::3][:SIDE, :SIDE]
+    grey = apply_window(hu, LUNG_WINDOW)
+    for picture, kind in (
+        (Image.fromarray(grey), "PNG"),
+        (Image.fromarray(grey).convert("P"), "PNG"),
+        (Image.fromarray(grey).convert("RGBA"), "PNG"),
+        (Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
+        (Image.fromarray(grey), "JPEG"),
+        (Image.fromarray(grey).convert("CMYK"), "JPEG"),
+    ):
+        file = io.BytesIO()
+        picture.save(file, kind)
+        yield file.getvalue()
+    stored = (hu + 1024).clip(0, 4095).astype(np.int16)
+    for syntax in (
+        None,
+        ImplicitVRLittleEndian,
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        RLELossless,
+        JPEG2000Lossless,
+    ):
+        for frames in (1, 2):
+            dataset = dicom_from_phantom(phantom)
+            dataset.Rows, dataset.Columns = stored.shape
+            dataset.PixelData = stored.tobytes() * frames
+            if frames > 1:
+                dataset.NumberOfFrames = frames
+                groups = [pydicom.Dataset() for _ in range(frames)]
+                for place, group in enumerate(groups):
+                    group.PlanePositionSequence = [pydicom.Dataset()]
+                    group.PlanePositionSequence[0].ImagePositionPatient = [0, 0, place]
+                dataset.PerFrameFunctionalGroupsSequence = groups
+            file = io.BytesIO()
+            if syntax in (RLELossless, JPEG2000Lossless):
+                dataset.compress(syntax)
+                dataset.save_as(file, enforce_file_format=True)
+            elif syntax is None:
+                dataset.save_as(file, enforce_file_format=True)
+            else:
+                dataset["PixelData"].VR = "OW"
+                dataset.file_meta.TransferSyntaxUID = syntax
+                pydicom.dcmwrite(
+                    file, dataset, enforce_file_format=True,
+                    implicit_vr=syntax == ImplicitVRLittleEndian,
+                    little_endian=syntax != ExplicitVRBigEndian,
+                )  # fmt: skip
+            yield file.getvalue()
+
+
+def decode(data: bytes) -> None:
+    """What `inspect_scans` does with the bytes of a file, of its first frames."""
+    try:
+        opened = _opened(data, "scan")
+    except ScanDecodeError:
+        return
+    count = 1 if isinstance(opened, Image.Image) else num_frames(opened)
+    for frame in range(min(count, MAX_SEED_FRAMES)):
+        try:
+            scan = _inspected(opened, frame, "scan", LUNG_WINDOW)
+        except ScanDecodeError:
+            continue
+        if scan.pixels.shape != (224, 224, 1) or scan.pixels.dtype != np.uint8:
+            raise TypeError(f"{scan.pixels.dtype} {scan.pixels.shape}")
+
+
+def main() -> None:
+    seconds = int(sys.argv[1])
+    folder = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for place, seed in enumerate(seeds()):
+        (corpus / f"seed{place:02}").write_bytes(seed)
+        decode(seed)
+    logging.disable()  # pydicom tells of every oddity
+    atheris.Setup(
+        [
+            sys.argv[0],
+            str(corpus),
+            f"-max_total_time={seconds}",
+            f"-timeout={TIMEOUT_S}",
+            f"-rss_limit_mb={MEMORY_MIB}",
+            "-max_len=16384",
+            f"-artifact_prefix={folder}/",
+            "-print_final_stats=1",
+        ],
+        decode,
+    )
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""A short fuzz run of decoding; `make fuzz` runs longer."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None, reason="no atheris: needs Linux on x86-64"
+)
+def test_damaged_files_give_slices_or_decode_errors(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/client/fuzz_scan.py", "20", str(tmp_path)],
+        cwd=CHECKOUT, capture_output=True, text=True, errors="replace", timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (count,) = (
+        line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line
+    )
+    assert int(count) > 50
