@@ -17,7 +17,7 @@ PACKAGE = Path(chestct.__file__).parent
 MODULES = sorted(path for path in PACKAGE.glob("*.py"))
 ALLOWED = {"PIL", "chestct", "grpc", "numpy", "pydicom", "tritonclient"}
 # Of the extras, for the functions that need them.
-EXTRAS = {"pyarrow", "ray"}
+EXTRAS = {"highdicom", "pyarrow", "pynetdicom", "ray"}
 
 
 def imported_roots(nodes: Iterable[ast.AST], path: Path) -> set[str]:

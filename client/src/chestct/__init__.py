@@ -10,9 +10,12 @@ from chestct.errors import (
     InferenceError,
     InferenceTimeoutError,
     OutOfDomainError,
+    ReportError,
     ScanDecodeError,
     ServerError,
     ServerUnavailableError,
+    SpoolError,
+    SpoolFullError,
 )
 from chestct.report import error_line, json_text, result_line
 from chestct.scan import (
@@ -49,6 +52,7 @@ __all__ = [
     "ModelFacts",
     "OutOfDomainError",
     "Predictions",
+    "ReportError",
     "Scan",
     "ScanClient",
     "ScanDecodeError",
@@ -58,6 +62,8 @@ __all__ = [
     "Slice",
     "SliceFacts",
     "Source",
+    "SpoolError",
+    "SpoolFullError",
     "TLSOptions",
     "Window",
     "apply_window",

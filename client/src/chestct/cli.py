@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,7 +23,7 @@ from chestct import __version__
 from chestct.batch import DECODE_LIMIT_S, NUM_IN_THREADS, classify_sources, new_workers
 from chestct.client import ScanClient, TLSOptions
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
-from chestct.errors import OutOfDomainError, ServerError
+from chestct.errors import OutOfDomainError, ServerError, SpoolError
 from chestct.find import Choice, find_sources, listed_paths, watch_sources
 from chestct.fleet import Fleet
 from chestct.gather import SeriesGatherer
@@ -48,6 +51,7 @@ __all__ = ["entry_point", "main"]
 
 DONE, SOME_FAILED, WRONG_USAGE, NO_SERVER = 0, 1, 2, 3
 PROGRESS_PERIOD_S = 0.1
+LISTEN_CONNECT_TIMEOUT_S = 5.0
 INTERRUPTED, STDOUT_CLOSED = 130, 141  # 128 + the signal, as shells have it
 
 
@@ -140,6 +144,57 @@ def _parser() -> argparse.ArgumentParser:
     _add_classify_arguments(
         command("classify", "classify scan files and folders of them", _classify)
     )
+    listen = command("listen", "take CT series by DICOM, send reports back", _listen)
+    listen.add_argument(
+        "--queue", type=Path, required=True, metavar="DIR", help="folder that survives a crash"
+    )
+    listen.add_argument(
+        "--status", action="store_true", help="tell what the queue holds, as JSON, and end"
+    )
+    listen.add_argument("--send-to", metavar="AET@HOST:PORT", help="the node that gets the reports")
+    listen.add_argument("--ae-title", default="CHESTCT", help="title of this node (%(default)s)")
+    listen.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    listen.add_argument("--port", type=int, default=11112, help="0 for a free one (%(default)s)")
+    listen.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="AET",
+        help="an AE title that may call; may be repeated (all, but only on this machine)",
+    )
+    listen.add_argument(
+        "--quiet-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="a series is complete when nothing of it came for so long (%(default)s)",
+    )
+    listen.add_argument(
+        "--at-release",
+        action="store_true",
+        help="a series is also complete when the association that sent it is released",
+    )
+    listen.add_argument(
+        "--max-object-mb",
+        type=float,
+        default=256.0,
+        metavar="MB",
+        help="refuse larger objects (%(default)s)",
+    )
+    listen.add_argument(
+        "--max-queue-gb",
+        type=float,
+        default=20.0,
+        metavar="GB",
+        help="refuse objects while the queue holds so much (%(default)s)",
+    )
+    listen.add_argument("--no-capture", action="store_true", help="no picture, the numbers alone")
+    listen.add_argument("--keep", action="store_true", help="keep the files after delivery")
+    listen.add_argument(
+        "--ignore-others",
+        action="store_true",
+        help="accept and drop what is no CT image, instead of refusing it",
+    )
     command("health", "send one synthetic slice and tell how the model answers", _health)
     return parser
 
@@ -177,6 +232,12 @@ def _add_classify_arguments(classify: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="one page with thumbnails; it holds images of patients",
+    )
+    results.add_argument(
+        "--dicom-sr",
+        type=Path,
+        metavar="DIR",
+        help="a DICOM SR and a Secondary Capture of each series; they hold the patient's name",
     )
     results.add_argument("--no-series", action="store_true", help="no records of whole series")
     results.add_argument(
@@ -295,6 +356,73 @@ def _health(arguments: argparse.Namespace) -> int:
         f"answered in {health.latency_ms:.1f} ms\n{health.notice}\n"
     )
     return DONE
+
+
+def _listen(arguments: argparse.Namespace) -> int:
+    from chestct.spool import spool_status
+
+    if arguments.status:
+        if not arguments.queue.is_dir():
+            raise _UsageError(f"{arguments.queue}: no such folder")
+        sys.stdout.write(json.dumps(spool_status(arguments.queue)) + "\n")
+        return DONE
+    if arguments.send_to is None:
+        raise _UsageError("--send-to AET@HOST:PORT is missing: the node that gets the reports")
+    from chestct.listen import DicomNode, ListenConfig, Listener
+    from chestct.sr import classify_series
+
+    try:
+        config = ListenConfig(
+            queue=arguments.queue,
+            deliver_to=DicomNode.from_text(arguments.send_to),
+            ae_title=arguments.ae_title,
+            host=arguments.host,
+            port=arguments.port,
+            allowed=tuple(arguments.allow),
+            quiet_s=arguments.quiet_s,
+            at_release=arguments.at_release,
+            max_object_bytes=round(arguments.max_object_mb * 1e6),
+            max_queue_bytes=round(arguments.max_queue_gb * 1e9),
+            keep=arguments.keep,
+            ignore_others=arguments.ignore_others,
+        )
+    except ValueError as error:
+        raise _UsageError(error) from error
+    # The node waits by itself, and must be able to stop meanwhile.
+    arguments.connect_timeout_s = min(arguments.connect_timeout_s, LISTEN_CONNECT_TIMEOUT_S)
+    with contextlib.closing(_client(arguments)):
+        pass  # wrong usage is told now, not with the first series
+
+    def report(files: Sequence[Path], checkpoint: Callable[[], None]) -> Any:
+        with _client(arguments) as client:
+            return classify_series(
+                client, files, checkpoint=checkpoint, with_capture=not arguments.no_capture
+            )
+
+    _log_to_stderr()
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        with Listener(config, report):
+            stopped.wait()
+    except (SpoolError, ImportError) as error:
+        raise _UsageError(error) from error
+    except OSError as error:
+        raise _UsageError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
+        ) from error
+    return DONE
+
+
+def _log_to_stderr() -> None:
+    """Our lines alone: the libraries below quote names and UIDs of patients in theirs."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    for name in ("pynetdicom", "pydicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.simplefilter("ignore")
 
 
 def _classify(arguments: argparse.Namespace) -> int:
@@ -461,6 +589,15 @@ def _outputs(
             outputs.append(OverlayPngs(arguments.overlays, labels))
         if arguments.html is not None:
             outputs.append(HtmlReport(arguments.html, labels))
+    if arguments.dicom_sr is not None:
+        if arguments.no_series:
+            raise _UsageError("--dicom-sr reports on series, which --no-series leaves out")
+        from chestct.sr import DicomReports
+
+        try:
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window))
+        except ImportError as error:
+            raise _UsageError(error) from error
     for output in outputs:
         stack.callback(output.close)
     try:

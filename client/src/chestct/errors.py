@@ -4,6 +4,9 @@ ChestCTError
 +-- ScanDecodeError          a file is not a readable axial slice
 |   +-- OutOfDomainError     a DICOM file whose tags say that it is no axial CT slice
 |   +-- DecoderCrashedError  decoding ended the process that it ran in, or ran too long
++-- ReportError              DICOM objects cannot be made of a result
++-- SpoolError               the queue of a DICOM node cannot be used
+|   +-- SpoolFullError       it holds as much as it may
 +-- ServerError
     +-- ServerUnavailableError   nobody answers, or the model is not ready
     +-- InferenceTimeoutError    the deadline passed
@@ -18,9 +21,12 @@ __all__ = [
     "InferenceError",
     "InferenceTimeoutError",
     "OutOfDomainError",
+    "ReportError",
     "ScanDecodeError",
     "ServerError",
     "ServerUnavailableError",
+    "SpoolError",
+    "SpoolFullError",
 ]
 
 
@@ -69,3 +75,15 @@ class ContractError(ServerError):
 
 class InferenceError(ServerError):
     """The server answered a request with an error."""
+
+
+class ReportError(ChestCTError):
+    """DICOM objects cannot be made of a result; the message says what is missing."""
+
+
+class SpoolError(ChestCTError):
+    """The queue of a DICOM node cannot be used; the message says why."""
+
+
+class SpoolFullError(SpoolError):
+    """The queue of a DICOM node holds as much as it may."""

@@ -255,12 +255,15 @@ def inspect_scans(
             yield Slice(slice_name, error)
 
 
-def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt.NDArray[np.uint8]:
+def load_grey(
+    path: Source | str | os.PathLike[str], window: Window = LUNG_WINDOW, *, frame: int = 0
+) -> npt.NDArray[np.uint8]:
     """One scan file in its own size, decoded and windowed but neither cropped nor resized.
 
     Args:
         path: A PNG, JPEG or DICOM file.
         window: Window for DICOM slices; pictures are windowed already.
+        frame: Which of several frames, from 1; 0 for a file of one.
 
     Returns:
         uint8 (H, W), 0 = floor of the window, 255 = its ceiling.
@@ -269,8 +272,11 @@ def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
         OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    source = Source(Path(path))
-    return np.array(_decode_grey(source.read(), source.name, window))
+    source = path if isinstance(path, Source) else Source(Path(path))
+    opened = _opened(source.read(), source.name)
+    if not frame:
+        _require_one_frame(opened, source.name)
+    return np.array(_decoded(opened, max(frame - 1, 0), source.name, window)[0])
 
 
 def _decode_grey(data: bytes, name: str, window: Window) -> Image.Image:
