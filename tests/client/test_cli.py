@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -667,3 +668,21 @@ def test_engine_ray_without_ray(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert classify(good_folder, "--engine", "ray") == 2
     assert 'pip install "chestct[ray]"' in capsys.readouterr().err
+
+
+def test_archive_of_a_study(
+    grpc_peer: Any, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "study.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for path in study.glob("*.dcm"):
+            opened.write(path, f"inner/{path.name}")
+    overlays = tmp_path / "overlays"
+    options = ("--url", grpc_peer.url, "--json", "--isolate", "--overlays", overlays)
+    assert classify(archive, *options) == 0
+    lines = records_of(capsys.readouterr().out)
+    assert [line["path"] for line in lines if "num_slices" in line] == [str(archive)] * 2
+    assert {line["path"] for line in lines} - {str(archive)} == {
+        f"{archive}!inner/{path.name}" for path in study.glob("*.dcm")
+    }
+    assert len(list(overlays.rglob("*.png"))) == 8
