@@ -66,6 +66,10 @@ compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say
 test: environments  ## The whole test suite
 	@python -m pytest
 
+.PHONY: fuzz
+fuzz: environments  ## Damage scan files for FOR_S (600) seconds: decoding must not break
+	@PYTHONPATH=client/src python tests/client/fuzz_scan.py $(or $(FOR_S),600) .cache/fuzz
+
 .PHONY: check
 check: environments  ## Linters and types
 	@ruff check .

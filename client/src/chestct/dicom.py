@@ -34,6 +34,7 @@ __all__ = [
     "num_frames",
     "read_dicom",
     "require_grey",
+    "require_whole_frames",
     "slice_attributes",
     "slice_facts",
     "stored_values",
@@ -45,6 +46,7 @@ BARE_SIGNATURES = (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00", b"\x08\x00")
 # Element (0002,0010), Deflated Explicit VR Little Endian: DICOM PS3.5 A.5
 DEFLATED_TRANSFER_SYNTAX = b"\x02\x00\x10\x00UI\x16\x001.2.840.10008.1.2.1.99"
 ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # PS3.5, section 7.5, both byte orders
+ITEM_BYTES = 8  # at least
 MAX_ITEMS = 200_000  # some 50 for each frame; an item of 8 bytes becomes one of a kilobyte
 
 # What holds for one slice, be it at the top of the data set or in a functional group of a frame.
@@ -70,12 +72,12 @@ SLICE_KEYWORDS = (
     "RescaleType",
     "ModalityLUTSequence",
 )
+GROUP_KEYWORDS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 # All that is read of a DICOM file: what it is, how to decode its pixels, and how to show them.
 # Nothing that names a patient is.
 FILE_KEYWORDS = (
     *SLICE_KEYWORDS,
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    *GROUP_KEYWORDS,
     "SamplesPerPixel",
     "PlanarConfiguration",
     "NumberOfFrames",
@@ -156,11 +158,14 @@ def slice_attributes(dataset: Dataset, frame: int) -> Dataset:
     """The `SLICE_KEYWORDS` of one frame, counted from 0.
 
     Those of its own functional groups count before the shared ones, and these before the top of
-    the data set. Image Type is the Frame Type of the frame where there is one.
+    the data set. Image Type is the Frame Type of the frame where there is one. A file without
+    functional groups is what it is at the top.
     """
     from pydicom import Dataset
     from pydicom.datadict import tag_for_keyword
 
+    if not any(keyword in dataset for keyword in GROUP_KEYWORDS):
+        return dataset
     slice_tags = {tag_for_keyword(keyword) for keyword in SLICE_KEYWORDS}
     merged = Dataset()
     merged.file_meta = dataset.file_meta
@@ -175,10 +180,7 @@ def slice_attributes(dataset: Dataset, frame: int) -> Dataset:
 
 def _functional_groups(dataset: Dataset, frame: int) -> Iterator[Dataset]:
     """The macros that hold for a frame, each an item with attributes, shared ones first."""
-    for keyword, place in (
-        ("SharedFunctionalGroupsSequence", 0),
-        ("PerFrameFunctionalGroupsSequence", frame),
-    ):
+    for keyword, place in zip(GROUP_KEYWORDS, (0, frame), strict=True):
         groups = dataset.get(keyword)
         if groups:
             for element in groups[place]:
@@ -272,7 +274,6 @@ def require_grey(dataset: Dataset, name: str) -> None:
         raise ScanDecodeError(
             f"{name}: {num_frames(dataset)} frames, expected at most {MAX_FRAMES}"
         )
-    _require_whole_frames(dataset, name)
     interpretation = dataset.get("PhotometricInterpretation")
     if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanDecodeError(
@@ -281,8 +282,12 @@ def require_grey(dataset: Dataset, name: str) -> None:
         )
 
 
-def _require_whole_frames(dataset: Dataset, name: str) -> None:
-    """One error for a torn file, not one for each of its frames."""
+def require_whole_frames(dataset: Dataset, name: str) -> None:
+    """Refuse a torn file of several frames: one error, not one for each of them.
+
+    Raises:
+        ScanDecodeError: It is not compressed and holds less than it promises.
+    """
     if num_frames(dataset) == 1 or dataset.get("PixelData") is None:
         return
     if dataset["PixelData"].is_undefined_length:  # compressed
@@ -377,6 +382,8 @@ def _require_honest_deflation(data: bytes, name: str) -> None:
 
 
 def _require_few_items(data: bytes, name: str) -> None:
+    if len(data) < ITEM_BYTES * MAX_ITEMS:
+        return
     num_items = sum(data.count(tag) for tag in ITEM_TAGS)
     if num_items > MAX_ITEMS:
         raise ScanDecodeError(f"{name}: {num_items} items, expected at most {MAX_ITEMS}")

@@ -29,6 +29,7 @@ from chestct.dicom import (
     num_frames,
     read_dicom,
     require_grey,
+    require_whole_frames,
     slice_attributes,
     slice_facts,
     stored_values,
@@ -223,6 +224,9 @@ def inspect_scans(
     name = source.name
     try:
         opened = _opened(source.read(), name)
+        if not isinstance(opened, Image.Image):
+            with _decoding("DICOM", name):
+                require_whole_frames(opened, name)
     except ScanDecodeError as error:
         yield Slice(name, error)
         return
@@ -331,7 +335,8 @@ def _decoded(
             return _grey_from_picture(opened, name), opened
     with _decoding("DICOM", name):
         attributes = slice_attributes(opened, frame)
-        _require_slice(attributes, name)
+        if attributes is not opened:
+            _require_slice(attributes, name)
         stored = stored_values(opened, frame, name)
         grey = _grey_from_dicom(stored, attributes, name, window)
         return Image.fromarray(upright(grey, attributes)), attributes
