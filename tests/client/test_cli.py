@@ -119,8 +119,13 @@ def test_table_is_signed_even_when_nothing_was_classified(
 
 
 def test_table_names_every_model_that_answered(
-    grpc_peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]
+    grpc_peer: Any,
+    good_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("chestct.fleet.Throttle.FIRST", 1)  # one request after the other
+
     def roll_out(name: str, array: np.ndarray) -> np.ndarray:
         if len(grpc_peer.model.requests) == 3:
             grpc_peer.model.versions = ["2"]
