@@ -36,7 +36,7 @@ def classify(url: str, scans: Path) -> list[dict[str, Any]]:
         ValueError: The command failed or a scan could not be read.
     """
     chestct = str(Path(sys.executable).with_name("chestct"))
-    command = [chestct, "classify", str(scans), "--url", url, "--json"]
+    command = [chestct, "classify", str(scans), "--url", url, "--json", "--no-series"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1800)
     if done.returncode not in (0, 1):
         raise ValueError(f"chestct classify exited with {done.returncode}")

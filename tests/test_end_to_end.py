@@ -115,7 +115,7 @@ def test_directory_with_bad_files_is_classified_to_the_end(triton, trained, tmp_
     url = triton.grpc_url if protocol == "grpc" else triton.http_url
     done = run_chestct("classify", str(trained.scans / "test"), str(bad), "--url", url, "--json")
     assert done.returncode == 1, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if "num_slices" not in line]
     errors = {Path(x["path"]).name: x["error"]["type"] for x in lines if x["status"] == "error"}
     assert errors == dict.fromkeys(("empty.png", "text.png", "truncated.png"), "ScanDecodeError")
     good = {x["path"]: x for x in lines if x["status"] == "ok"}
@@ -140,7 +140,7 @@ def test_what_is_no_axial_chest_ct_is_refused_or_flagged(triton, trained, tmp_pa
     coronal.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
     coronal.save_as(tmp_path / "coronal.dcm", enforce_file_format=True)
     done = run_chestct("classify", str(tmp_path), "--url", triton.grpc_url, "--json")
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 0, done.stderr
     lines = {Path(x["path"]).name: x for x in map(json.loads, done.stdout.splitlines())}
     assert lines["coronal.dcm"]["error"]["type"] == "OutOfDomainError"
     assert "the plane is coronal" in lines["coronal.dcm"]["error"]["message"]
@@ -153,7 +153,7 @@ def test_what_is_no_axial_chest_ct_is_refused_or_flagged(triton, trained, tmp_pa
         assert ("unlike the training scans" in said) == (line["domain_distance"] > threshold)
         assert line["in_domain"] is (said == [])
     assert {line["notice"] for line in lines.values()} == {NOT_A_MEDICAL_DEVICE}
-    assert "1 refused: no axial CT slice by the DICOM tags" in done.stderr
+    assert "1 skipped, no axial CT slice by the DICOM tags: 1 coronal" in done.stderr
     assert "1 coloured" in done.stderr
 
 
@@ -180,7 +180,7 @@ def test_resume_finishes_the_rest(triton, trained, tmp_path):
 def test_real_slices_of_hospitals_are_classified(triton, real_scans):
     folder = real_scans / "dicom" / "lung-pet-ct-dx"
     done = run_chestct("classify", str(folder), "--url", triton.grpc_url, "--json")
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if "num_slices" not in line]
     assert done.returncode == 0, done.stderr
     assert len(lines) == 36
     assert {line["status"] for line in lines} == {"ok"}

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,13 @@ def test_table_is_signed_even_when_nothing_was_classified(
 
 
 def test_table_names_every_model_that_answered(
-    grpc_peer: Any, good_folder: Path, capsys: pytest.CaptureFixture[str]
+    grpc_peer: Any,
+    good_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("chestct.fleet.Throttle.FIRST", 1)  # one request after the other
+
     def roll_out(name: str, array: np.ndarray) -> np.ndarray:
         if len(grpc_peer.model.requests) == 3:
             grpc_peer.model.versions = ["2"]
@@ -667,3 +673,21 @@ def test_engine_ray_without_ray(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert classify(good_folder, "--engine", "ray") == 2
     assert 'pip install "chestct[ray]"' in capsys.readouterr().err
+
+
+def test_archive_of_a_study(
+    grpc_peer: Any, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "study.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for path in study.glob("*.dcm"):
+            opened.write(path, f"inner/{path.name}")
+    overlays = tmp_path / "overlays"
+    options = ("--url", grpc_peer.url, "--json", "--isolate", "--overlays", overlays)
+    assert classify(archive, *options) == 0
+    lines = records_of(capsys.readouterr().out)
+    assert [line["path"] for line in lines if "num_slices" in line] == [str(archive)] * 2
+    assert {line["path"] for line in lines} - {str(archive)} == {
+        f"{archive}!inner/{path.name}" for path in study.glob("*.dcm")
+    }
+    assert len(list(overlays.rglob("*.png"))) == 8
