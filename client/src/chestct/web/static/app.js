@@ -227,7 +227,7 @@ function show() {
   const isHu = shown.original.kind === "int16";
   $("window-tool").disabled = !isHu;
   $("original-facts").textContent = isHu ? "Hounsfield units" : "windowed already";
-  $("network-facts").textContent = `${shown.network.width} × ${shown.network.height}` + (model && isHu ? `, window ${model.window.center_hu} / ${model.window.width_hu} HU` : "");
+  $("network-facts").textContent = `${shown.network.width} × ${shown.network.height}` + (model && isHu ? `, ${model.window.center_hu}/${model.window.width_hu} HU` : "");
   const labels = hasMap ? Object.keys(line.probabilities) : [];
   const select = $("map-label");
   if ([...select.options].map((option) => option.value).join() !== labels.join()) {
@@ -241,7 +241,6 @@ function show() {
   network.show(shown.network);
   $("original").setAttribute("aria-label", `${current.name} as it was sent`);
   $("network").setAttribute("aria-label", `${current.name} as the network saw it`);
-  $("map-label").setAttribute("aria-label", "Class of the evidence map");
   showMap();
   showSeries();
 }
