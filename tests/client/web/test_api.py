@@ -23,7 +23,14 @@ from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.scan import apply_window, inspect_scan, load_scan
 
 from .conftest import (
-    CARD, FACTS, LABELS, phantom_dicom, phantom_png, png_of, start_page, wait_for_model,
+    CARD,
+    FACTS,
+    LABELS,
+    phantom_dicom,
+    phantom_png,
+    png_of,
+    start_page,
+    wait_for_model,
 )  # fmt: skip
 
 pytestmark = pytest.mark.server
@@ -50,7 +57,9 @@ def multipart(*named, field="files"):
 
 def classify(page, *named, query="", headers=None):
     body, own = multipart(*named)
-    status, _, content = ask(page, "POST", "/api/classify" + query, body, {**own, **(headers or {})})
+    status, _, content = ask(
+        page, "POST", "/api/classify" + query, body, {**own, **(headers or {})}
+    )
     assert status == 200, content
     return json.loads(content)["results"]
 
@@ -245,7 +254,9 @@ def png_header(width, height):
     import zlib
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
@@ -268,7 +279,9 @@ def test_workers_that_die_or_hang_cost_one_file(page, files):
         os.kill(worker, signal.SIGSTOP)
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        hung = [line for lines in pool.map(lambda _: classify(page, good), range(2)) for line in lines]
+        hung = [
+            line for lines in pool.map(lambda _: classify(page, good), range(2)) for line in lines
+        ]
     assert {line["error"]["type"] for line in hung} == {"ScanDecodeError"}
     assert all("longer than 10 s" in line["error"]["message"] for line in hung)
     assert time.monotonic() - start < 60
