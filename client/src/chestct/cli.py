@@ -42,6 +42,7 @@ from chestct.outputs import (
 from chestct.report import json_text, plain_text
 from chestct.scan import SCAN_SUFFIXES
 from chestct.sources import Source
+from chestct.web import command as web
 from chestct.workers import Workers
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         help="accept and drop what is no CT image, instead of refusing it",
     )
     command("health", "send one synthetic slice and tell how the model answers", _health)
+    web.add_options(command("web", "serve a page where scans can be dropped and looked at", _web))
     return parser
 
 
@@ -320,13 +322,12 @@ def _client(arguments: argparse.Namespace) -> ScanClient:
         # Comes with the line above, and would print an interrupt before it raises it.
         sys.modules["gevent"].get_hub().exception_stream = None
     try:
-        files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
         return ScanClient(
             arguments.url,
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
-            tls=TLSOptions(*files) if any(files) else None,
+            tls=_tls(arguments),
         )
     except ValueError as error:
         raise _UsageError(error) from error
@@ -335,17 +336,21 @@ def _client(arguments: argparse.Namespace) -> ScanClient:
 def _fleet(arguments: argparse.Namespace) -> Fleet:
     urls = getattr(arguments, "urls", None) or arguments.url.split(",")
     try:
-        files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
         return Fleet(
             urls,
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
-            tls=TLSOptions(*files) if any(files) else None,
+            tls=_tls(arguments),
             patience_s=arguments.patience_s,
         )
     except ValueError as error:
         raise _UsageError(error) from error
+
+
+def _tls(arguments: argparse.Namespace) -> TLSOptions | None:
+    files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    return TLSOptions(*files) if any(files) else None
 
 
 def _health(arguments: argparse.Namespace) -> int:
@@ -356,6 +361,13 @@ def _health(arguments: argparse.Namespace) -> int:
         f"answered in {health.latency_ms:.1f} ms\n{health.notice}\n"
     )
     return DONE
+
+
+def _web(arguments: argparse.Namespace) -> int:
+    try:
+        return web.run(arguments, _tls(arguments))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise _UsageError(error) from error
 
 
 def _listen(arguments: argparse.Namespace) -> int:
