@@ -27,7 +27,7 @@ def test_wheel_is_thin(wheel):
         names = archive.namelist()
         size = sum(info.file_size for info in archive.infolist())
     assert "chestct/py.typed" in names
-    assert size < 500_000
+    assert size < 800_000  # of which the page and its sample take 200,000
     assert all(name.startswith(("chestct/", "chestct-")) for name in names)
 
 
