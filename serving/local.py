@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 SUPPORTED_PYTHONS = ("3.11", "3.12")  # what numpy 1.26 and the wheel's backend processes share
 REMEDY = "Run `make environments`"
+_LISTENERS = ("http", "grpc", "metrics")
 BACKENDS = Path(__file__).parent / "backends"
 PROBE_TIMEOUT_S = 30.0
 RESTART_LIMIT = 3
@@ -729,6 +730,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--environment", type=Path, default=Path(".venv-triton"), help="Triton's own environment"
     )
+    parser.add_argument(
+        "--address",
+        default=HOST,
+        help="listen here; another one only inside a container, whose network says who may connect. "
+        "The server itself is always watched through 127.0.0.1",
+    )
     return parser
 
 
@@ -748,6 +755,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             metrics_port=arguments.metrics_port,
             environment=arguments.environment,
             models=arguments.model,
+            extra_args=[f"--{name}-address={arguments.address}" for name in _LISTENERS],
         ) as server:
             logger.info(
                 "ready at %s and %s after %.1f s, metrics at %s, log in %s",
