@@ -32,7 +32,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from chestct import scan
+from chestct import limits
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import ScanDecodeError
 from chestct.scan import (
@@ -43,6 +43,7 @@ from chestct.scan import (
     load_scan,
     resize_scan,
 )
+from chestct.silence import without_warnings
 
 SOFT_WINDOW = Window(40.0, 400.0)
 
@@ -429,7 +430,7 @@ def test_dicom_that_is_no_single_grey_slice(elements: dict[str, Any], message: s
 def test_deflated_bomb_is_refused_before_it_fills_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scan, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100_000)
     data = dicom_bytes(np.zeros((600, 600), np.int16), DeflatedExplicitVRLittleEndian)
     assert len(data) < 100_000
     with pytest.raises(ScanDecodeError, match="expected at most"):
@@ -463,10 +464,10 @@ def test_threads_leave_the_warning_filters_alone() -> None:
 
 def test_warnings_are_silent_until_the_last_thread_is_done() -> None:
     def come_and_go() -> None:
-        with scan._without_warnings:
+        with without_warnings:
             pass
 
-    with scan._without_warnings:
+    with without_warnings:
         thread = threading.Thread(target=come_and_go)
         thread.start()
         thread.join(timeout=30)
@@ -557,7 +558,7 @@ def test_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         file.truncate(257 * 2**20)  # a sparse file: nothing is written
     with pytest.raises(ScanDecodeError, match=r"257 MiB, expected at most 256 MiB"):
         load_scan(path)
-    monkeypatch.setattr(scan, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ScanDecodeError, match="expected at most"):
         decode_scan(dicom_bytes(hu_slice()), "slice.dcm")
 

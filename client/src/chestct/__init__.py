@@ -17,14 +17,19 @@ from chestct.report import error_line, json_text, result_line
 from chestct.scan import (
     SCAN_SUFFIXES,
     Scan,
+    Slice,
+    SliceFacts,
     apply_window,
     decode_scan,
     inspect_scan,
+    inspect_scans,
     list_scans,
     load_grey,
     load_scan,
     resize_scan,
 )
+from chestct.series import SeriesSlice, group_series, series_record
+from chestct.sources import Source, list_sources
 
 __version__ = "0.1.0"
 
@@ -44,8 +49,12 @@ __all__ = [
     "Scan",
     "ScanClient",
     "ScanDecodeError",
+    "SeriesSlice",
     "ServerError",
     "ServerUnavailableError",
+    "Slice",
+    "SliceFacts",
+    "Source",
     "TLSOptions",
     "Window",
     "apply_window",
@@ -53,11 +62,15 @@ __all__ = [
     "decode_scan",
     "error_line",
     "finished_paths",
+    "group_series",
     "inspect_scan",
+    "inspect_scans",
     "json_text",
     "list_scans",
+    "list_sources",
     "load_grey",
     "load_scan",
     "resize_scan",
     "result_line",
+    "series_record",
 ]

@@ -20,6 +20,7 @@ from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.errors import OutOfDomainError, ServerError
 from chestct.report import json_text
 from chestct.scan import SCAN_SUFFIXES, list_scans
+from chestct.web import command as web
 
 __all__ = ["entry_point", "main"]
 
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("--fail-fast", action="store_true", help="stop at the first bad scan")
     command("health", "send one synthetic slice and tell how the model answers", _health)
+    web.add_options(command("web", "serve a page where scans can be dropped and looked at", _web))
     return parser
 
 
@@ -138,16 +140,20 @@ def _client(arguments: argparse.Namespace) -> ScanClient:
         # Comes with the line above, and would print an interrupt before it raises it.
         sys.modules["gevent"].get_hub().exception_stream = None
     try:
-        files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
         return ScanClient(
             arguments.url,
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
-            tls=TLSOptions(*files) if any(files) else None,
+            tls=_tls(arguments),
         )
     except ValueError as error:
         raise _UsageError(error) from error
+
+
+def _tls(arguments: argparse.Namespace) -> TLSOptions | None:
+    files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    return TLSOptions(*files) if any(files) else None
 
 
 def _health(arguments: argparse.Namespace) -> int:
@@ -158,6 +164,13 @@ def _health(arguments: argparse.Namespace) -> int:
         f"answered in {health.latency_ms:.1f} ms\n{health.notice}\n"
     )
     return DONE
+
+
+def _web(arguments: argparse.Namespace) -> int:
+    try:
+        return web.run(arguments, _tls(arguments))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise _UsageError(error) from error
 
 
 def _classify(arguments: argparse.Namespace) -> int:

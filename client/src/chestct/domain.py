@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +24,19 @@ from chestct.contract import Window
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.uid import UID
 
-__all__ = ["DOMAIN_KEYWORDS", "dicom_reasons", "picture_reasons", "slice_reasons"]
+__all__ = [
+    "DOMAIN_KEYWORDS",
+    "Plane",
+    "dicom_kind",
+    "dicom_reasons",
+    "picture_reasons",
+    "plane_of",
+    "slice_reasons",
+    "tag_text",
+    "tag_value",
+]
 
 Cells = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -62,6 +74,79 @@ MIN_BODY_ASPECT = 0.95  # width over height; slices have at least 1.07, heads at
 LUNG_HU = (-940.0, -400.0)  # from emphysema to ground glass, without gas in bowel or stomach
 TISSUE_HU = -300.0  # what is above is fat, muscle or bone
 MIN_LUNG = 0.005  # part of the body
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How a slice lies: x to the patient's left, y to the back, z to the head.
+
+    Attributes:
+        along_row: Unit vector in which the column index grows.
+        along_column: Unit vector in which the row index grows.
+        normal: Unit vector across the slice.
+    """
+
+    along_row: npt.NDArray[np.float64]
+    along_column: npt.NDArray[np.float64]
+    normal: npt.NDArray[np.float64]
+
+
+def plane_of(dataset: Dataset) -> Plane | None:
+    """The plane by Image Orientation (0020,0037; PS3.3 C.7.6.2.1.1) if it tells one."""
+    try:
+        cosines = np.array([float(part) for part in tag_value(dataset, "ImageOrientationPatient")])
+    except (TypeError, ValueError):
+        return None
+    if cosines.shape != (6,) or not np.isfinite(cosines).all():
+        return None
+    normal: npt.NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
+    length = np.linalg.norm(normal)
+    # Of a row and a column that are unit vectors at right angles it is 1.
+    return Plane(cosines[:3], cosines[3:], normal / length) if abs(length - 1) < 0.1 else None
+
+
+def tag_value(dataset: Dataset, keyword: str) -> Any:
+    """The value of a tag; None if it is missing or broken."""
+    try:
+        return dataset.get(keyword)
+    except Exception:  # what broken values raise depends on what they should have been
+        return None
+
+
+def tag_text(dataset: Dataset, keyword: str) -> str:
+    """The values of a tag in one short line; empty if it is missing or holds no text."""
+    value = tag_value(dataset, keyword)
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    words = (word for part in values if isinstance(part, str) for word in part.split())
+    return " ".join(words)[:100]  # three values of 16 characters decide
+
+
+def dicom_kind(dataset: Dataset) -> str:
+    """What a file that `dicom_reasons` speaks against is, in one or two words.
+
+    Returns:
+        `structured report`, `secondary capture`, `other object` (any other SOP class), `other
+        modality`, `localizer`, `coronal`, `sagittal` or `oblique`: the first that holds; empty for
+        what may be an axial CT slice.
+    """
+    from pydicom.uid import UID
+
+    sop_class = UID(tag_text(dataset, "SOPClassUID"))
+    if _is_other_object(sop_class):
+        name = sop_class.name
+        if name.endswith((" SR Storage", "SR Storage - Trial")) or " SR" in name:
+            return "structured report"
+        return "secondary capture" if "Secondary Capture" in name else "other object"
+    modality = tag_text(dataset, "Modality").upper()
+    if modality == "SR":
+        return "structured report"
+    if modality not in ("", "CT"):
+        return "other modality"
+    if _is_localizer(dataset):
+        return "localizer"
+    plane = plane_of(dataset)
+    name = "axial" if plane is None else _plane_name(plane)
+    return "" if name == "axial" else name
 
 
 def dicom_reasons(dataset: Dataset) -> list[str]:
@@ -107,31 +192,20 @@ def slice_reasons(dataset: Dataset, grey: Image.Image, window: Window) -> list[s
     """
     cells = _raster(grey)
     reasons = [*_body_part_reasons(dataset), *_grey_reasons(grey, cells)]
-    if _value(dataset, "PhotometricInterpretation") == "MONOCHROME2":
+    if tag_value(dataset, "PhotometricInterpretation") == "MONOCHROME2":
         reasons += _lung_reasons(cells, window)
     return reasons
 
 
 def _kind_reasons(dataset: Dataset) -> list[str]:
-    from pydicom.uid import (
-        UID,
-        CTImageStorage,
-        EnhancedCTImageStorage,
-        LegacyConvertedEnhancedCTImageStorage,
-    )
+    from pydicom.uid import UID, CTImageStorage
 
     reasons = []
-    modality = _text(dataset, "Modality")
+    modality = tag_text(dataset, "Modality")
     if modality and modality.upper() != "CT":
         reasons.append(f"another modality: Modality (0008,0060) is {modality}, expected CT")
-    sop_class = UID(_text(dataset, "SOPClassUID"))
-    # Several frames of a CT are refused for their number, with another remedy.
-    expected = (
-        CTImageStorage,
-        EnhancedCTImageStorage,
-        LegacyConvertedEnhancedCTImageStorage,
-    )
-    if sop_class.type == "SOP Class" and sop_class not in expected:
+    sop_class = UID(tag_text(dataset, "SOPClassUID"))
+    if _is_other_object(sop_class):
         reasons.append(
             f"another kind of object: SOP Class (0008,0016) is {sop_class.name}, "
             f"expected {CTImageStorage.name}"
@@ -139,66 +213,56 @@ def _kind_reasons(dataset: Dataset) -> list[str]:
     return reasons
 
 
+def _is_other_object(sop_class: UID) -> bool:
+    from pydicom.uid import (
+        CTImageStorage,
+        EnhancedCTImageStorage,
+        LegacyConvertedEnhancedCTImageStorage,
+    )
+
+    return sop_class.type == "SOP Class" and sop_class not in (
+        CTImageStorage,
+        EnhancedCTImageStorage,
+        LegacyConvertedEnhancedCTImageStorage,
+    )
+
+
 def _plane_reasons(dataset: Dataset) -> list[str]:
     reasons = []
-    image_type = _text(dataset, "ImageType")
-    if "LOCALIZER" in _words(image_type):
+    image_type = tag_text(dataset, "ImageType")
+    if _is_localizer(dataset):
         reasons.append(f"a localizer: Image Type (0008,0008) is {image_type}, expected a slice")
-    normal = _plane_normal(_value(dataset, "ImageOrientationPatient"))
-    if normal is None:
-        return reasons
-    tilt_deg = math.degrees(math.acos(min(abs(normal[2]), 1.0)))
-    if tilt_deg > MAX_TILT_DEG:
-        straight = math.cos(math.radians(MAX_TILT_DEG))
-        plane = "oblique"
-        if abs(normal[0]) >= straight:
-            plane = "sagittal"
-        elif abs(normal[1]) >= straight:
-            plane = "coronal"
+    plane = plane_of(dataset)
+    if plane is not None and (plane_name := _plane_name(plane)) != "axial":
+        tilt_deg = math.degrees(math.acos(min(abs(plane.normal[2]), 1.0)))
         reasons.append(
-            f"not axial: by Image Orientation (0020,0037) the plane is {plane}, {tilt_deg:.0f} "
-            f"degrees from axial, expected at most {MAX_TILT_DEG:.0f}"
+            f"not axial: by Image Orientation (0020,0037) the plane is {plane_name}, "
+            f"{tilt_deg:.0f} degrees from axial, expected at most {MAX_TILT_DEG:.0f}"
         )
     return reasons
 
 
-def _plane_normal(orientation: Any) -> npt.NDArray[np.float64] | None:
-    """Unit vector across the slice (x to the left, y to the back, z to the head) if it has one."""
-    try:
-        cosines = np.array([float(number) for number in orientation])
-    except (TypeError, ValueError):
-        return None
-    if cosines.shape != (6,) or not np.isfinite(cosines).all():
-        return None
-    normal: npt.NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
-    length = np.linalg.norm(normal)
-    # Of a row and a column that are unit vectors at right angles it is 1.
-    return normal / length if abs(length - 1) < 0.1 else None
+def _plane_name(plane: Plane) -> str:
+    """`axial`, `coronal`, `sagittal` or `oblique`, within what the gantry of a scanner can lean."""
+    straight = math.cos(math.radians(MAX_TILT_DEG))
+    for name, part in zip(("sagittal", "coronal", "axial"), abs(plane.normal), strict=True):
+        if part >= straight:
+            return name
+    return "oblique"
+
+
+def _is_localizer(dataset: Dataset) -> bool:
+    return "LOCALIZER" in _words(tag_text(dataset, "ImageType"))
 
 
 def _body_part_reasons(dataset: Dataset) -> list[str]:
     # Wrong in 15 % of the images of one hospital, because it comes with the protocol (Gueld et
     # al. 2002, doi 10.1117/12.467017): enough for a flag, not for a refusal.
-    part = _text(dataset, "BodyPartExamined")
+    part = tag_text(dataset, "BodyPartExamined")
     words = _words(part)
     if words and PARTS_WITHOUT_LUNGS.issuperset(words):
         return [f"another body part: Body Part Examined (0018,0015) is {part}, expected the chest"]
     return []
-
-
-def _value(dataset: Dataset, keyword: str) -> Any:
-    try:
-        return dataset.get(keyword)
-    except Exception:  # what broken values raise depends on what they should have been
-        return None
-
-
-def _text(dataset: Dataset, keyword: str) -> str:
-    """The values of a tag in one short line; empty if it is missing or holds no text."""
-    value = _value(dataset, keyword)
-    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    words = (word for part in values if isinstance(part, str) for word in part.split())
-    return " ".join(words)[:100]  # three values of 16 characters decide
 
 
 def _words(text: str) -> list[str]:

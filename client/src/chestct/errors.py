@@ -31,7 +31,18 @@ class ScanDecodeError(ChestCTError):
 
 
 class OutOfDomainError(ScanDecodeError):
-    """A DICOM file that is no axial CT slice by its own tags; the message gives every reason."""
+    """A DICOM file that is no axial CT slice by its own tags; the message gives every reason.
+
+    Attributes:
+        kind: What it is, as from `chestct.domain.dicom_kind`: `localizer`, `coronal` and so on.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ServerError(ChestCTError):

@@ -8,12 +8,8 @@ to Hounsfield units first and shown in a window after that.
 from __future__ import annotations
 
 import os
-import stat
-import struct
-import threading
-import warnings
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,8 +21,24 @@ from PIL import Image
 
 from chestct.body import body_box
 from chestct.contract import LUNG_WINDOW, SCAN_SIZE, Window
-from chestct.domain import DOMAIN_KEYWORDS, dicom_reasons, picture_reasons, slice_reasons
+from chestct.dicom import (
+    SliceFacts,
+    hu_from_stored,
+    is_dicom,
+    is_padding,
+    num_frames,
+    read_dicom,
+    require_grey,
+    slice_attributes,
+    slice_facts,
+    stored_values,
+    upright,
+)
+from chestct.domain import dicom_kind, dicom_reasons, picture_reasons, slice_reasons
 from chestct.errors import OutOfDomainError, ScanDecodeError
+from chestct.limits import ACCEPTED, require_sides, require_size
+from chestct.silence import without_warnings
+from chestct.sources import SCAN_SUFFIXES, Source, list_scans
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -34,55 +46,23 @@ if TYPE_CHECKING:
 __all__ = [
     "SCAN_SUFFIXES",
     "Scan",
+    "Slice",
+    "SliceFacts",
     "apply_window",
     "decode_scan",
     "inspect_scan",
+    "inspect_scans",
     "list_scans",
     "load_grey",
     "load_scan",
     "resize_scan",
 ]
 
-SCAN_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
-
-MAX_FILE_BYTES = 256 * 2**20
-MAX_PIXELS = 64 * 10**6  # below the limit at which Pillow itself begins to warn
-MIN_SIDE_PX = 32
 MIN_PEAK_16_BIT = 4096  # a 12-bit scanner value never reaches it, a picture of full range does
+CHUNK_PIXELS = 2**20  # of values too many for a table, in float64 and some copies of it
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"  # PNG specification, section 5.2
 JPEG_SIGNATURE = b"\xff\xd8\xff"  # start of image, then a marker; ITU-T T.81, annex B
-# Without a preamble a DICOM file begins with group 0002 or 0008, little-endian.
-BARE_DICOM_SIGNATURES = (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00", b"\x08\x00")
-# Element (0002,0010), Deflated Explicit VR Little Endian: DICOM PS3.5 A.5
-DEFLATED_TRANSFER_SYNTAX = b"\x02\x00\x10\x00UI\x16\x001.2.840.10008.1.2.1.99"
-ACCEPTED = "expected an axial slice as PNG, JPEG or DICOM"
-
-# All that is read of a DICOM file: what it is, how to decode its pixels, and how to show them.
-DICOM_KEYWORDS = (
-    *DOMAIN_KEYWORDS,
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "RescaleType",
-    "ModalityLUTSequence",
-    "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-    "FloatPixelData",
-    "DoubleFloatPixelData",
-    "PixelData",
-)
 
 
 @dataclass(frozen=True)
@@ -93,10 +73,27 @@ class Scan:
         pixels: uint8 (224, 224, 1), 0 = floor of the window, 255 = its ceiling.
         reasons: Why it does not look like an axial chest-CT slice, a sentence each; empty for one
             that does.
+        facts: What its DICOM file says of it and its series; None for a picture.
     """
 
     pixels: npt.NDArray[np.uint8]
     reasons: tuple[str, ...]
+    facts: SliceFacts | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of a file, or why there is none.
+
+    Attributes:
+        name: `Source.name` of the file; with `#` and the number of the frame, from 1, behind it
+            for a file of several frames: `run.dcm#3`.
+        scan: The scan; an `OutOfDomainError` for what is no axial CT slice by its tags, another
+            `ScanDecodeError` for what cannot be read.
+    """
+
+    name: str
+    scan: Scan | ScanDecodeError
 
 
 def apply_window(
@@ -186,7 +183,8 @@ def load_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
         OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    return decode_scan(_read_file(path), os.fspath(path), window)
+    source = Source(Path(path))
+    return decode_scan(source.read(), source.name, window)
 
 
 def inspect_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> Scan:
@@ -200,13 +198,41 @@ def inspect_scan(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> 
         OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    grey, source = _decode(_read_file(path), os.fspath(path), window)
-    with _without_warnings:
-        if isinstance(source, Image.Image):
-            reasons = picture_reasons(source, grey)
-        else:
-            reasons = slice_reasons(source, grey, window)
-    return Scan(_resized(grey), tuple(reasons))
+    source = Source(Path(path))
+    opened = _opened(source.read(), source.name)
+    _require_one_frame(opened, source.name)
+    return _inspected(opened, 0, source.name, window)
+
+
+def inspect_scans(
+    source: Source | str | os.PathLike[str], window: Window = LUNG_WINDOW
+) -> Iterator[Slice]:
+    """The slices of one file, one after the other: of a multi-frame DICOM file one a frame.
+
+    A frame that is broken or no axial slice costs its own entry only. The file and one frame are
+    in memory at a time.
+
+    Args:
+        source: A PNG, JPEG or DICOM file, on disk or in a zip archive.
+        window: Window for DICOM slices; pictures are windowed already.
+
+    Yields:
+        At least one slice; one with an error for a file that cannot be read.
+    """
+    source = source if isinstance(source, Source) else Source(Path(source))
+    name = source.name
+    try:
+        opened = _opened(source.read(), name)
+    except ScanDecodeError as error:
+        yield Slice(name, error)
+        return
+    count = 1 if isinstance(opened, Image.Image) else num_frames(opened)
+    for frame in range(count):
+        slice_name = name if count == 1 else f"{name}#{frame + 1}"
+        try:
+            yield Slice(slice_name, _inspected(opened, frame, slice_name, window))
+        except ScanDecodeError as error:
+            yield Slice(slice_name, error)
 
 
 def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt.NDArray[np.uint8]:
@@ -223,155 +249,89 @@ def load_grey(path: str | os.PathLike[str], window: Window = LUNG_WINDOW) -> npt
         OutOfDomainError: A DICOM file that is no axial CT slice by its tags.
         ScanDecodeError: The file cannot be read or is no single grey slice.
     """
-    return np.array(_decode_grey(_read_file(path), os.fspath(path), window))
-
-
-def list_scans(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Scan files under a path, one after the other, sorted within each folder.
-
-    A file yields itself, whatever its name. A folder is walked recursively and yields files
-    with one of `SCAN_SUFFIXES`, and files without a suffix (or with a number for one, as in
-    names made from UIDs) that carry the DICOM preamble. Hidden files and links to folders are
-    passed over. A folder that may not be read yields itself, so that loading it tells why.
-
-    Raises:
-        ScanDecodeError: Nothing is at `path`.
-    """
-    root = Path(path)
-    if not root.exists():
-        raise ScanDecodeError(f"{path}: no such file or folder")
-    yield from _walk(root) if root.is_dir() else [root]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-    except OSError:
-        yield folder
-        return
-    for name, is_folder in found:
-        path = folder / name
-        if name.startswith(".") or name == "DICOMDIR":
-            continue
-        if is_folder:
-            yield from _walk(path)
-        elif path.suffix.lower() in SCAN_SUFFIXES or _is_unnamed_dicom(path):
-            yield path
-
-
-def _is_unnamed_dicom(path: Path) -> bool:
-    if path.suffix and not path.suffix[1:].isdigit():
-        return False
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def _read_file(path: str | os.PathLike[str]) -> bytes:
-    name = os.fspath(path)
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            os.scandir(path).close()
-            raise ScanDecodeError(f"{name}: a folder, expected a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise ScanDecodeError(f"{name}: not a regular file, {ACCEPTED}")
-        _require_size(status.st_size, name)
-        return Path(path).read_bytes()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ScanDecodeError(f"{name}: cannot be read: {reason}") from error
-    except ValueError as error:  # a null character in the name
-        raise ScanDecodeError(f"{name!r}: not a file name: {error}") from error
-
-
-def _require_size(num_bytes: int, name: str) -> None:
-    if num_bytes == 0:
-        raise ScanDecodeError(f"{name}: the file is empty, {ACCEPTED}")
-    if num_bytes > MAX_FILE_BYTES:
-        raise ScanDecodeError(
-            f"{name}: {num_bytes / 2**20:.0f} MiB, expected at most {MAX_FILE_BYTES // 2**20} MiB"
-        )
-
-
-def _require_sides(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise ScanDecodeError(
-            f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS // 10**6} million"
-        )
-    if min(width, height) < MIN_SIDE_PX:
-        raise ScanDecodeError(
-            f"{name}: {width} x {height} pixels, expected at least {MIN_SIDE_PX} a side"
-        )
+    source = Source(Path(path))
+    return np.array(_decode_grey(source.read(), source.name, window))
 
 
 def _decode_grey(data: bytes, name: str, window: Window) -> Image.Image:
     """A picture of mode L, in the size of the file."""
-    return _decode(data, name, window)[0]
+    opened = _opened(data, name)
+    _require_one_frame(opened, name)
+    return _decoded(opened, 0, name, window)[0]
 
 
-def _decode(data: bytes, name: str, window: Window) -> tuple[Image.Image, Image.Image | Dataset]:
-    """A picture of mode L, in the size of the file, and what it was made from."""
-    _require_size(len(data), name)
-    is_dicom = data[128:132] == b"DICM" or data.startswith(BARE_DICOM_SIGNATURES)
-    if not is_dicom and not data.startswith((PNG_SIGNATURE, JPEG_SIGNATURE)):
-        raise ScanDecodeError(f"{name}: neither PNG, JPEG nor DICOM by its content, {ACCEPTED}")
+@contextmanager
+def _decoding(kind: str, name: str) -> Iterator[None]:
+    """Silent, and with no error but ours: broken files make the decoders raise nearly anything."""
     try:
-        with _without_warnings:
-            if is_dicom:
-                dataset = _read_dicom(data, name)
-                return Image.fromarray(_grey_from_dicom(dataset, name, window)), dataset
-            picture = _open_picture(data, name)
-            return _grey_from_picture(picture, name), picture
+        with without_warnings:
+            yield
     except ScanDecodeError:
         raise
-    except Exception as error:  # broken files make the decoders raise nearly anything
-        kind = "DICOM" if is_dicom else "PNG or JPEG"
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ScanDecodeError(
             f"{name}: broken or unsupported {kind} file ({reason}). Export the slice again."
         ) from error
 
 
-class _WithoutWarnings:
-    """Silence of `warnings` as long as any thread is inside.
-
-    `warnings.catch_warnings` changes the whole process: threads that overlap would restore each
-    other's filters, and one at a time could not decode side by side.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._caught = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._num_inside == 0:
-                self._caught = warnings.catch_warnings()
-                self._caught.__enter__()
-                warnings.simplefilter("ignore")
-            self._num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if self._num_inside == 0:
-                self._caught.__exit__(None, None, None)
+def _opened(data: bytes, name: str) -> Image.Image | Dataset:
+    """A file whose head is read and fit, and whose pixels are not decoded yet."""
+    require_size(len(data), name)
+    if is_dicom(data):
+        with _decoding("DICOM", name):
+            dataset = read_dicom(data, name)
+            _require_slice(dataset, name)
+            require_grey(dataset, name)
+            return dataset
+    if not data.startswith((PNG_SIGNATURE, JPEG_SIGNATURE)):
+        raise ScanDecodeError(f"{name}: neither PNG, JPEG nor DICOM by its content, {ACCEPTED}")
+    with _decoding("PNG or JPEG", name):
+        picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
+        require_sides(picture.width, picture.height, name)
+        return picture
 
 
-_without_warnings = _WithoutWarnings()
+def _require_slice(dataset: Dataset, name: str) -> None:
+    if reasons := dicom_reasons(dataset):
+        raise OutOfDomainError(
+            f"{name}: no axial CT slice: {'; '.join(reasons)}. Send an axial slice of a chest CT.",
+            dicom_kind(dataset),
+        )
 
 
-def _open_picture(data: bytes, name: str) -> Image.Image:
-    picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
-    _require_sides(picture.width, picture.height, name)
-    return picture
+def _require_one_frame(opened: Image.Image | Dataset, name: str) -> None:
+    count = 1 if isinstance(opened, Image.Image) else num_frames(opened)
+    if count != 1:
+        raise ScanDecodeError(
+            f"{name}: {count} frames, expected one. Export each slice as a file of its own."
+        )
+
+
+def _inspected(opened: Image.Image | Dataset, frame: int, name: str, window: Window) -> Scan:
+    grey, source = _decoded(opened, frame, name, window)
+    if isinstance(source, Image.Image):
+        with _decoding("PNG or JPEG", name):
+            return Scan(_resized(grey), tuple(picture_reasons(source, grey)))
+    with _decoding("DICOM", name):
+        reasons = tuple(slice_reasons(source, grey, window))
+        number = frame + 1 if num_frames(opened) > 1 else 0
+        return Scan(_resized(grey), reasons, slice_facts(source, number))
+
+
+def _decoded(
+    opened: Image.Image | Dataset, frame: int, name: str, window: Window
+) -> tuple[Image.Image, Image.Image | Dataset]:
+    """A picture of mode L, in the size of the file, and the picture or attributes it is from."""
+    if isinstance(opened, Image.Image):
+        with _decoding("PNG or JPEG", name):
+            return _grey_from_picture(opened, name), opened
+    with _decoding("DICOM", name):
+        attributes = slice_attributes(opened, frame)
+        _require_slice(attributes, name)
+        stored = stored_values(opened, frame, name)
+        grey = _grey_from_dicom(stored, attributes, name, window)
+        return Image.fromarray(upright(grey, attributes)), attributes
 
 
 def _grey_from_picture(picture: Image.Image, name: str) -> Image.Image:
@@ -398,114 +358,31 @@ def _grey_from_16_bit(samples: npt.NDArray[Any], name: str) -> npt.NDArray[np.ui
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _read_dicom(data: bytes, name: str) -> Dataset:
-    from pydicom import dcmread
-
-    _require_honest_deflation(data, name)
-    dataset = dcmread(BytesIO(data), force=True, specific_tags=list(DICOM_KEYWORDS))
-    if reasons := dicom_reasons(dataset):
-        raise OutOfDomainError(
-            f"{name}: no axial CT slice: {'; '.join(reasons)}. Send an axial slice of a chest CT."
-        )
-    _require_one_grey_frame(dataset, name)
-    return dataset
-
-
-def _grey_from_dicom(dataset: Dataset, name: str, window: Window) -> npt.NDArray[np.uint8]:
+def _grey_from_dicom(
+    stored: npt.NDArray[Any], attributes: Dataset, name: str, window: Window
+) -> npt.NDArray[np.uint8]:
     """Order: stored values, rescale to HU, window, then MONOCHROME1 and padding."""
-    stored = _stored_values(dataset, name)
     if stored.dtype.kind not in "iu" or stored.dtype.itemsize > 2:
-        return _grey_from_stored(stored, dataset, name, window)
+        num_chunks = -(-stored.size // CHUNK_PIXELS)
+        chunks = np.array_split(stored, min(num_chunks, len(stored)))
+        return np.concatenate(
+            [_grey_from_stored(chunk, attributes, name, window) for chunk in chunks]
+        )
     # Each step looks at one value alone, so a table of the values that may occur says the same.
     values = np.arange(int(stored.min()), int(stored.max()) + 1).astype(stored.dtype)
     unsigned = f"u{stored.dtype.itemsize}"
     table = np.zeros(1 << (8 * stored.dtype.itemsize), np.uint8)
-    table[values.view(unsigned)] = _grey_from_stored(values, dataset, name, window)
+    table[values.view(unsigned)] = _grey_from_stored(values, attributes, name, window)
     return table.take(stored.view(unsigned))
 
 
 def _grey_from_stored(
-    stored: npt.NDArray[Any], dataset: Dataset, name: str, window: Window
+    stored: npt.NDArray[Any], attributes: Dataset, name: str, window: Window
 ) -> npt.NDArray[np.uint8]:
-    from pydicom.pixels import apply_modality_lut
-
-    hu = apply_modality_lut(stored, dataset)
-    if not np.isfinite(hu).all():
-        raise ScanDecodeError(f"{name}: pixel values that are not finite, expected numbers")
-    grey = apply_window(hu, window)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+    grey = apply_window(hu_from_stored(stored, attributes, name), window)
+    if attributes.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey  # the lowest value is shown white: DICOM PS3.3 C.7.6.3.1.2
-    padding = _padding(dataset, stored)
+    padding = is_padding(stored, attributes)
     if padding is not None:
         grey[padding] = 0
     return grey
-
-
-def _require_honest_deflation(data: bytes, name: str) -> None:
-    """Refuse a deflated data set that would fill the memory: pydicom inflates it in one go."""
-    if DEFLATED_TRANSFER_SYNTAX not in data[:4096]:
-        return
-    # The length of group 0002 stands in its first element: DICOM PS3.10, section 7.1.
-    start = 144 + struct.unpack_from("<I", data, 140)[0]
-    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_FILE_BYTES + 1)
-    _require_size(len(inflated), name)
-
-
-def _require_one_grey_frame(dataset: Dataset, name: str) -> None:
-    if "Rows" not in dataset or "Columns" not in dataset:
-        modality = dataset.get("Modality") or "unknown modality"
-        raise ScanDecodeError(f"{name}: DICOM without a picture ({modality}), {ACCEPTED}")
-    _require_sides(int(dataset.Columns), int(dataset.Rows), name)
-    num_frames = int(dataset.get("NumberOfFrames") or 1)
-    if num_frames != 1:
-        raise ScanDecodeError(
-            f"{name}: {num_frames} frames, expected one. Export each slice as a file of its own."
-        )
-    interpretation = dataset.get("PhotometricInterpretation")
-    if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ScanDecodeError(
-            f"{name}: photometric interpretation {interpretation}, expected one grey channel "
-            "(MONOCHROME1 or MONOCHROME2). Send the original CT slice."
-        )
-
-
-def _stored_values(dataset: Dataset, name: str) -> npt.NDArray[Any]:
-    from pydicom.pixels import get_decoder
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        is_implicit, _ = dataset.original_encoding
-        dataset.file_meta.TransferSyntaxUID = (
-            ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
-        )
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        stored: npt.NDArray[Any]
-        # pydicom warns where a view cannot be had.
-        whole = dataset.get("BitsStored") == dataset.get("BitsAllocated")
-        stored, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=whole)
-    except Exception as error:
-        if not syntax.is_compressed:
-            raise
-        try:
-            lacking = get_decoder(syntax).missing_dependencies
-        except NotImplementedError:
-            lacking = []
-        remedy = "Store the slice uncompressed"
-        if lacking:
-            remedy += ', or install the decoders: pip install "chestct[dicom]"'
-        raise ScanDecodeError(
-            f"{name}: pixels compressed as {syntax.name} cannot be decoded here. {remedy}."
-        ) from error
-    return stored
-
-
-def _padding(dataset: Dataset, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
-    """Where nothing was measured: DICOM PS3.3 C.7.5.1.1.2; bool (H, W), None without padding."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return None
-    limit = dataset.get("PixelPaddingRangeLimit")
-    ends = np.array([value, value if limit is None else limit], np.int64).astype(stored.dtype)
-    padding: npt.NDArray[np.bool_] = (stored >= ends.min()) & (stored <= ends.max())
-    return padding

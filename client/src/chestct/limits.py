@@ -1,0 +1,51 @@
+"""How large a scan may be, so that no file can fill the memory."""
+
+from __future__ import annotations
+
+from chestct.errors import ScanDecodeError
+
+__all__ = [
+    "ACCEPTED",
+    "MAX_FILE_BYTES",
+    "MAX_FRAMES",
+    "MAX_PIXELS",
+    "MIN_SIDE_PX",
+    "require_sides",
+    "require_size",
+]
+
+MAX_FILE_BYTES = 256 * 2**20
+MAX_PIXELS = 64 * 10**6  # below the limit at which Pillow itself begins to warn
+MAX_FRAMES = 4096  # 2 m of body in slices of 0.5 mm
+MIN_SIDE_PX = 32
+ACCEPTED = "expected an axial slice as PNG, JPEG or DICOM"
+
+
+def require_size(num_bytes: int, name: str) -> None:
+    """Refuse a file that is empty or too large.
+
+    Raises:
+        ScanDecodeError: It has 0 bytes or more than `MAX_FILE_BYTES`.
+    """
+    if num_bytes == 0:
+        raise ScanDecodeError(f"{name}: the file is empty, {ACCEPTED}")
+    if num_bytes > MAX_FILE_BYTES:
+        raise ScanDecodeError(
+            f"{name}: {num_bytes / 2**20:.0f} MiB, expected at most {MAX_FILE_BYTES // 2**20} MiB"
+        )
+
+
+def require_sides(width: int, height: int, name: str) -> None:
+    """Refuse a picture that is too large or too small.
+
+    Raises:
+        ScanDecodeError: It has more than `MAX_PIXELS` pixels or a side below `MIN_SIDE_PX`.
+    """
+    if width * height > MAX_PIXELS:
+        raise ScanDecodeError(
+            f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS // 10**6} million"
+        )
+    if min(width, height) < MIN_SIDE_PX:
+        raise ScanDecodeError(
+            f"{name}: {width} x {height} pixels, expected at least {MIN_SIDE_PX} a side"
+        )

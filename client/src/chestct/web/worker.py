@@ -1,0 +1,298 @@
+"""The decoding process: files come in by stdin, slices go out by stdout, nothing else is touched.
+
+Run by `chestct.web.decoder` as `python -m chestct.web.worker LIMITS`. The system itself holds it to
+its limits: it may not grow beyond its memory, and it cannot write a byte into any file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import signal
+import struct
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from chestct import limits
+from chestct.body import body_box
+from chestct.contract import Window
+from chestct.dicom import (
+    hu_from_stored,
+    is_dicom,
+    is_padding,
+    read_dicom,
+    slice_attributes,
+    stored_values,
+    upright,
+)
+from chestct.errors import ScanDecodeError
+from chestct.scan import Scan, apply_window, inspect_scans
+from chestct.silence import without_warnings
+from chestct.sources import Source
+
+ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")  # PKWARE APPNOTE, sections 4.3.7 and 4.3.16
+READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for gigabytes
+ENCRYPTED = 0x1  # general purpose bit 0: APPNOTE, section 4.4.4
+MAX_UNPACKED_BYTES = 4 * 2**30  # of a whole archive; one member at a time is in memory
+INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class _Sent(Source):
+    """A file that never was on a disk."""
+
+    data: bytes = field(default=b"", repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.member
+
+    def read(self) -> bytes:
+        return self.data
+
+
+def main(limits_text: str) -> None:
+    """Answers files until stdin ends.
+
+    Args:
+        limits_text: JSON with `memory_bytes`, `max_pixels` and `max_scans`.
+    """
+    allowed = json.loads(limits_text)
+    _confine(allowed["memory_bytes"])
+    limits.MAX_PIXELS = allowed["max_pixels"]
+    Image.MAX_IMAGE_PIXELS = None  # ours is checked first, and is the smaller one
+    # Whatever prints must not break into the answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _warm_up()
+    while head := sys.stdin.buffer.read(4):
+        (length,) = struct.unpack(">I", head)
+        task = json.loads(sys.stdin.buffer.read(length))
+        data = sys.stdin.buffer.read(task["num_bytes"])
+        num_scans = 0
+        for message, blobs in _messages(task, data):
+            num_scans += message["kind"] != "begin"
+            if num_scans > allowed["max_scans"]:
+                text = f"{task['name']}: more than {allowed['max_scans']} slices. Send fewer."
+                _answer(answers, _error_message(task["name"], ScanDecodeError(text)), [])
+                break
+            _answer(answers, message, blobs)
+        del data
+        _answer(answers, {"kind": "end"}, [])
+
+
+def _confine(memory_bytes: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails instead
+
+
+def _warm_up() -> None:
+    """Loads what the first file would wait for."""
+    import pydicom.pixels
+
+    Image.init()
+    del pydicom
+
+
+def _answer(answers: BinaryIO, header: dict[str, Any], blobs: list[bytes]) -> None:
+    text = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
+    answers.write(struct.pack(">I", len(text)) + text)
+    for blob in blobs:
+        answers.write(blob)
+    answers.flush()
+
+
+def _messages(task: dict[str, Any], data: bytes) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+    for index, source in enumerate(_sources(task["name"], data, task["first"])):
+        if index < task["first"]:
+            continue
+        yield {"kind": "begin", "name": source.member, "index": index}, []
+        yield from _file_messages(task, source)
+
+
+def _file_messages(
+    task: dict[str, Any], source: Source
+) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+    window = Window(*task["window"])
+    try:
+        start = time.perf_counter()
+        sent = _Sent(Path(), source.name, source.read())
+        for found in inspect_scans(sent, window):
+            if not isinstance(found.scan, Scan):
+                yield _error_message(found.name, found.scan)
+            else:
+                decode_ms = 1000 * (time.perf_counter() - start)
+                facts = found.scan.facts
+                header = {
+                    "kind": "scan",
+                    "name": found.name,
+                    "reasons": found.scan.reasons,
+                    "decode_ms": decode_ms,
+                    "series": _alias(facts.series_uid if facts else "", task["key"]),
+                    "position_mm": facts.position_mm if facts else None,
+                }
+                blobs = [found.scan.pixels.tobytes()]
+                if task["side"]:
+                    frame = max(facts.frame - 1, 0) if facts else 0
+                    shown, box = _original(sent.data, found.name, frame, window)
+                    size = shown.shape[:2]
+                    small = _reduced(shown, task["side"])
+                    header |= {"shape": small.shape, "dtype": small.dtype.str}
+                    header |= {"size": size, "box": box}
+                    blobs.append(small.tobytes())
+                yield header, blobs
+            start = time.perf_counter()
+    except ScanDecodeError as error:
+        yield _error_message(source.name, error)
+    except MemoryError:
+        text = f"{source.name}: decoding it needs more memory than is allowed. Export it again."
+        yield _error_message(source.name, ScanDecodeError(text))
+
+
+def _error_message(name: str, error: Exception) -> tuple[dict[str, Any], list[bytes]]:
+    return {
+        "kind": "error", "name": name, "type": type(error).__name__, "message": str(error),
+    }, []  # fmt: skip
+
+
+def _alias(uid: str, key: str) -> str:
+    """Tells series apart without telling which they are: the UID leads to the patient."""
+    return hmac.digest(key.encode(), uid.encode(), hashlib.sha256).hex()[:16] if uid else ""
+
+
+def _sources(name: str, data: bytes, first: int) -> Iterator[Source]:
+    """The file itself, or what of a zip archive may be a scan, in the order of the names."""
+    if not data.startswith(ZIP_SIGNATURES):
+        yield _Sent(Path(), name, data)
+        return
+    try:
+        archive = zipfile.ZipFile(BytesIO(data))
+        infos = sorted(
+            (info for info in archive.infolist() if _may_be_scan(info)),
+            key=lambda info: info.filename,
+        )
+        if sum(info.file_size for info in infos) > MAX_UNPACKED_BYTES:
+            raise ValueError(f"it would unpack to more than {MAX_UNPACKED_BYTES // 2**30} GiB")
+        if not infos:
+            raise ValueError("it holds no PNG, JPEG or DICOM file")
+    except Exception as error:  # broken archives make zipfile raise nearly anything
+        yield _Broken(Path(), name, f"{name}: no readable zip archive: {error}")
+        return
+    for index, info in enumerate(infos):
+        member = f"{name}!{info.filename}"
+        if index < first:
+            yield _Sent(Path(), member)
+            continue
+        try:
+            limits.require_size(info.file_size, member)
+            if info.flag_bits & ENCRYPTED or info.compress_type not in READABLE_METHODS:
+                raise ValueError("encrypted or compressed in a rare way. Pack it again without")
+            with archive.open(info) as file:
+                content = file.read(info.file_size + 1)
+        except ScanDecodeError as error:
+            yield _Broken(Path(), member, str(error))
+        except Exception as error:  # broken archives make zipfile raise nearly anything
+            yield _Broken(Path(), member, f"{member}: cannot be unpacked: {error}")
+        else:
+            yield _Sent(Path(), member, content)
+
+
+@dataclass(frozen=True)
+class _Broken(Source):
+    message: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.member
+
+    def read(self) -> bytes:
+        raise ScanDecodeError(" ".join(self.message.split())[:500])
+
+
+def _may_be_scan(info: zipfile.ZipInfo) -> bool:
+    place = PurePosixPath(info.filename)
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in place.parts)
+    known = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", "")
+    is_scan = place.suffix.lower() in known or place.suffix[1:].isdigit()
+    return is_scan and not (info.is_dir() or is_hidden or place.name == "DICOMDIR")
+
+
+def _original(
+    data: bytes, name: str, frame: int, window: Window
+) -> tuple[npt.NDArray[Any], tuple[float, ...]]:
+    """The slice for the eye, and what of it the network saw as parts of height and width.
+
+    Returns:
+        int16 (H, W) in Hounsfield units, or uint8 (H, W), or (H, W, 3) of a coloured picture.
+    """
+    with without_warnings:
+        if not is_dicom(data):
+            picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
+            return _picture_original(picture)
+        dataset = read_dicom(data, name)
+        attributes = slice_attributes(dataset, frame)
+        stored = stored_values(dataset, frame, name)
+        hu = hu_from_stored(stored, attributes, name)
+        grey = apply_window(hu, window)
+        if attributes.PhotometricInterpretation == "MONOCHROME1":
+            grey = 255 - grey
+        padding = is_padding(stored, attributes)
+        if padding is not None:
+            grey[padding] = 0
+        shown: Any = np.clip(np.rint(hu), INT16.min, INT16.max).astype(np.int16)
+        return upright(shown, attributes), _box(upright(grey, attributes))
+
+
+def _picture_original(picture: Image.Image) -> tuple[npt.NDArray[Any], tuple[float, ...]]:
+    if picture.mode.startswith("I"):
+        grey = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return grey, _box(grey)
+    if picture.has_transparency_data:
+        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(black, picture.convert("RGBA"))
+    grey = np.asarray(picture.convert("L"))
+    if picture.mode in ("1", "L", "LA"):
+        return grey, _box(grey)
+    coloured = np.asarray(picture.convert("RGB"))
+    is_grey = not np.ptp(coloured, axis=2).any()
+    return (grey if is_grey else coloured), _box(grey)
+
+
+def _box(grey: npt.NDArray[np.uint8]) -> tuple[float, float, float, float]:
+    height, width = grey.shape
+    top, bottom, left, right = body_box(grey)
+    return top / height, left / width, bottom / height, right / width
+
+
+def _reduced(shown: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
+    """The same with its longer side at most `side` pixels, averaged."""
+    height, width = shown.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return np.ascontiguousarray(shown)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if shown.dtype == np.int16:
+        picture = Image.fromarray(shown.astype(np.float32))
+        small = np.asarray(picture.resize(size, Image.Resampling.BOX))
+        return np.rint(small).astype(np.int16)
+    return np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.BOX))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
