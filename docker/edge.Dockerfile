@@ -11,8 +11,9 @@ RUN python3 -m venv tools \
  && tools/bin/pip --python /opt/chestct/triton/bin/python3 install --no-cache-dir --no-deps \
       --no-compile --require-hashes -r requirements.txt -r edge.txt
 COPY client client
-RUN tools/bin/pip --python /opt/chestct/triton/bin/python3 install --no-cache-dir --no-deps \
-      --no-compile --no-build-isolation ./client \
+RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels ./client \
+ && tools/bin/pip --python /opt/chestct/triton/bin/python3 install --no-cache-dir --no-deps \
+      --no-compile wheels/chestct-*.whl \
  && mkdir sbom \
  && tools/bin/cyclonedx-py environment --output-reproducible --of JSON -o sbom/chestct-edge.cdx.json \
       /opt/chestct/triton/bin/python3 \
