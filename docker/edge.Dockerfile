@@ -18,7 +18,7 @@ RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels ./clie
  && tools/bin/cyclonedx-py environment --output-reproducible --of JSON -o sbom/chestct-edge.cdx.json \
       /opt/chestct/triton/bin/python3 \
  && find /opt/chestct/triton -depth -type d -name tests -exec rm -r {} + \
- && rm -rf /opt/chestct/triton/lib/python3*/site-packages/openvino/{include,cmake,tools,docs} \
+ && rm -rf /opt/chestct/triton/lib/python3*/site-packages/openvino/{include,cmake} \
  && find /opt/chestct/triton -name 'triton_python_backend_stub' \
       ! -path "*/$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')/*" -delete
 

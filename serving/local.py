@@ -733,8 +733,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address",
         default=HOST,
-        help="listen here; another one only inside a container, whose network says who may connect. "
-        "The server itself is always watched through 127.0.0.1",
+        help="where to listen; 0.0.0.0 only inside a container, whose network says who may connect",
     )
     return parser
 
