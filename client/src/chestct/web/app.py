@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -112,8 +112,10 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
     @app.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-        | error_responses(401),
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **error_responses(401),
+        },
         tags=["operation"],
     )
     async def metrics() -> Response:
@@ -221,7 +223,9 @@ class _Service:
             limit_s = self.settings.upload_timeout_s
             raise UploadError(408, f"the upload took longer than {limit_s:g} s") from None
 
-    async def _lines(self, uploads: Sequence[Upload], side: int) -> AsyncIterator[dict[str, Any]]:
+    async def _lines(
+        self, uploads: Sequence[Upload], side: int
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Records in order; decoding runs ahead of the model by a few slices."""
         waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
         num_scans = 0
@@ -242,7 +246,7 @@ class _Service:
             for task in waiting:
                 task.cancel()
 
-    async def _scans(self, upload: Upload, side: int) -> AsyncIterator[Decoded | Failed]:
+    async def _scans(self, upload: Upload, side: int) -> AsyncGenerator[Decoded | Failed, None]:
         try:
             window = self.link.facts.window
         except ServerError as error:
@@ -300,14 +304,14 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> dict[st
             "height": found.pixels.shape[0],
             "channels": 1,
             "kind": "uint8",
-            "data": base64.b64encode(found.pixels).decode(),
+            "data": base64.b64encode(found.pixels.tobytes()).decode(),
         },
         "original": {
             "width": shape[1],
             "height": shape[0],
             "channels": shape[2] if len(shape) == 3 else 1,
             "kind": picture.pixels.dtype.name,
-            "data": base64.b64encode(picture.pixels).decode(),
+            "data": base64.b64encode(picture.pixels.tobytes()).decode(),
         },
         "size": {"height": picture.size[0], "width": picture.size[1]},
         "box": dict(zip(("top", "left", "bottom", "right"), picture.box, strict=True)),
@@ -322,7 +326,7 @@ class _Records(StreamingResponse):
 
     def __init__(
         self,
-        lines: AsyncIterator[dict[str, Any]],
+        lines: AsyncGenerator[dict[str, Any], None],
         release: Callable[[], None],
         *,
         as_lines: bool,
@@ -338,7 +342,7 @@ class _Records(StreamingResponse):
             raise ClientDisconnect from None
         finally:
             self._release()
-            await self._lines.aclose()  # type: ignore[attr-defined]
+            await self._lines.aclose()
 
     async def _as_lines(self) -> AsyncIterator[str]:
         async for line in self._lines:

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from chestct import errors
 from chestct.contract import SCAN_SHAPE, Window
-from chestct.errors import ScanDecodeError
+from chestct.errors import ChestCTError, ScanDecodeError
 from chestct.web.settings import WebSettings
 from chestct.web.uploads import Upload
 
@@ -79,10 +79,10 @@ class Failed:
     """A file, or a member of an archive, that is no scan, and why."""
 
     name: str
-    error: ScanDecodeError
+    error: ChestCTError
 
 
-class _WorkerLost(Exception):
+class _WorkerLostError(Exception):
     """It died, hung or broke the rules; the message says which."""
 
 
@@ -113,7 +113,7 @@ class Decoder:
 
     async def scans(
         self, upload: Upload, window: Window, picture_side: int = 0
-    ) -> AsyncIterator[Decoded | Failed]:
+    ) -> AsyncGenerator[Decoded | Failed, None]:
         """The slices of one file: one, or those of its frames, or of the members of a zip archive.
 
         Args:
@@ -151,7 +151,7 @@ class Decoder:
             except TimeoutError:
                 limit_s = self.settings.decode_timeout_s
                 yield _lost(name, f"it took longer than {limit_s:g} s to decode and was given up")
-            except (_WorkerLost, KeyError, ValueError, TypeError):
+            except (_WorkerLostError, KeyError, ValueError, TypeError):
                 limit = self.settings.worker_memory_bytes
                 yield _lost(
                     name,
@@ -243,30 +243,30 @@ class _Worker:
         header = json.dumps({**task, "num_bytes": len(data)}).encode()
         stdin = self._process.stdin
         if stdin is None:
-            raise _WorkerLost("no pipe")
+            raise _WorkerLostError("no pipe")
         try:
             stdin.write(struct.pack(">I", len(header)) + header)
             stdin.write(data)
             await stdin.drain()
         except OSError as error:
-            raise _WorkerLost(str(error)) from error
+            raise _WorkerLostError(str(error)) from error
 
     async def receive(self) -> tuple[dict[str, Any], list[bytes]]:
         """The next message: a header and the bytes that it announces."""
         stdout = self._process.stdout
         if stdout is None:
-            raise _WorkerLost("no pipe")
+            raise _WorkerLostError("no pipe")
         try:
             (length,) = struct.unpack(">I", await stdout.readexactly(4))
             if length > MAX_HEADER_BYTES:
-                raise _WorkerLost(f"a header of {length} bytes")
+                raise _WorkerLostError(f"a header of {length} bytes")
             header = json.loads(await stdout.readexactly(length))
             sizes = [int(size) for size in header.get("blobs", ())]
             if len(sizes) > 2 or any(not 0 < size <= 3 * MAX_PICTURE_SIDE**2 for size in sizes):
-                raise _WorkerLost(f"blobs of {sizes} bytes")
+                raise _WorkerLostError(f"blobs of {sizes} bytes")
             return header, [await stdout.readexactly(size) for size in sizes]
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise _WorkerLost(str(error)) from error
+            raise _WorkerLostError(str(error)) from error
 
     async def kill(self) -> None:
         """Ends it at once."""

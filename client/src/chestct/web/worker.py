@@ -86,7 +86,7 @@ def main(limits_text: str) -> None:
             num_scans += message["kind"] != "begin"
             if num_scans > allowed["max_scans"]:
                 text = f"{task['name']}: more than {allowed['max_scans']} slices. Send fewer."
-                _answer(answers, _error_message(task["name"], ScanDecodeError(text)), [])
+                _answer(answers, *_error_message(task["name"], ScanDecodeError(text)))
                 break
             _answer(answers, message, blobs)
         del data
@@ -290,7 +290,8 @@ def _reduced(shown: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
     if shown.dtype == np.int16:
         picture = Image.fromarray(shown.astype(np.float32))
         small = np.asarray(picture.resize(size, Image.Resampling.BOX))
-        return np.rint(small).astype(np.int16)
+        whole: npt.NDArray[np.int16] = np.rint(small).astype(np.int16)
+        return whole
     return np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.BOX))
 
 

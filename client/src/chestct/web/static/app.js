@@ -7,6 +7,7 @@ import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const AT_ONCE = 3;
+const MOST_TRIES = 3;
 const LOOK_EVERY_MS = 5000;
 const LOOK_AGAIN_MS = 1500;
 // Of one slice; the server was away and the file is sent again.
@@ -80,7 +81,7 @@ function add(files) {
   const started = performance.now();
   for (const [file, name] of files) {
     const item = { name, state: "queued", upload: null, line: null };
-    item.upload = { file, name, started, isRetried: false, items: [item] };
+    item.upload = { file, name, started, isRetried: false, numFailed: 0, items: [item] };
     results.items.push(item);
     const limit = model?.limits.upload_bytes;
     if (limit && file.size + 1024 > limit) {
@@ -119,7 +120,7 @@ async function send(upload) {
     let count = 0;
     for await (const line of classify(upload.file, upload.name, signal)) {
       if (signal.aborted) return;
-      if (line.status === "error" && PASSING.has(line.error.type)) throw new Error(line.error.message);
+      if (line.status === "error" && PASSING.has(line.error.type)) throw Object.assign(new Error(line.error.message), { kind: line.error.type });
       take(upload, count++, line);
     }
     if (!count) fail(first, `${upload.name}: nothing in it could be read.`);
@@ -131,7 +132,10 @@ async function send(upload) {
       fail(first, `${upload.name}: ${error.message}`, error.kind);
       return;
     }
-    hold(upload, error);
+    // Where the server is there and the answer still fails, it is not sent for ever.
+    const isAway = error instanceof TypeError || [401, 408, 429, 503].includes(error.status) || ["ServerUnavailableError", "ContractError"].includes(error.kind);
+    if (!isAway && ++upload.numFailed >= MOST_TRIES) fail(first, `${upload.name}: ${error.message}`, error.kind);
+    else hold(upload, error);
   }
 }
 
@@ -227,7 +231,7 @@ function show() {
   const isHu = shown.original.kind === "int16";
   $("window-tool").disabled = !isHu;
   $("original-facts").textContent = isHu ? "Hounsfield units" : "windowed already";
-  $("network-facts").textContent = `${shown.network.width} × ${shown.network.height}` + (model && isHu ? `, window ${model.window.center_hu} / ${model.window.width_hu} HU` : "");
+  $("network-facts").textContent = `${shown.network.width} × ${shown.network.height}` + (model && isHu ? `, ${model.window.center_hu}/${model.window.width_hu} HU` : "");
   const labels = hasMap ? Object.keys(line.probabilities) : [];
   const select = $("map-label");
   if ([...select.options].map((option) => option.value).join() !== labels.join()) {
@@ -241,7 +245,6 @@ function show() {
   network.show(shown.network);
   $("original").setAttribute("aria-label", `${current.name} as it was sent`);
   $("network").setAttribute("aria-label", `${current.name} as the network saw it`);
-  $("map-label").setAttribute("aria-label", "Class of the evidence map");
   showMap();
   showSeries();
 }

@@ -24,7 +24,7 @@ function facts(list, pairs) {
       swatch.style.background = colour;
       term.prepend(swatch);
     }
-    list.append(term, element("dd", value));
+    list.append(term, element("dd", value, /^[0-9a-f]{32,}$/.test(value) ? "code" : ""));
   }
 }
 
@@ -104,8 +104,8 @@ export function showCard(model) {
   }
   const text = (value) => {
     if (!Array.isArray(value)) return String(value).replaceAll("_", " ");
-    const [middle, low, high] = value.map((number) => (number === null ? "–" : Number(number).toFixed(3)));
-    return `${middle} (${low} to ${high})`;
+    const [middle, low, high] = value.map((number) => (number === null ? null : Number(number).toFixed(3)));
+    return low === null || high === null ? (middle ?? "not known") : `${middle} (${low} to ${high})`;
   };
   const list = element("dl", "", "facts");
   facts(list, Object.entries(WORDS).filter(([key]) => key in card).map(([key, word]) => [word, text(card[key])]));

@@ -84,7 +84,7 @@ export class Results {
     }
     const { line } = item;
     const [, domain, label, value] = row.cells;
-    row.querySelector("button span").textContent = item.name;
+    row.querySelector("button span").textContent = item.name.split(/[!/]/).at(-1);
     row.querySelector("button").title = item.name;
     const isOk = line?.status === "ok";
     const isRefused = line?.error?.type === "OutOfDomainError";
@@ -123,9 +123,9 @@ export class Results {
 
 /** Never 0 % or 100 %: no model is that sure. */
 export function percent(value) {
-  if (value >= 0.9995) return "> 99.9 %";
-  if (value < 0.0005) return "< 0.1 %";
-  return `${(100 * value).toFixed(1)} %`;
+  if (value >= 0.9995) return ">99.9%";
+  if (value < 0.0005) return "<0.1%";
+  return `${(100 * value).toFixed(1)}%`;
 }
 
 /** The records as the API gave them, without the pictures. */
