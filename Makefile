@@ -75,7 +75,8 @@ check: environments  ## Linters and types
 	@ruff check .
 	@ruff format --check .
 	@mypy client/src training export benchmarks serving deploy/aws
-	@shellcheck -x .ci/run deploy/*/*.sh
+	@shellcheck -x .ci/run deploy/*/*.sh docker/*.sh
+	@hadolint docker/*.Dockerfile
 
 .PHONY: lint-deploy
 lint-deploy:  ## Linters of the Jenkinsfile and the GitHub workflow; needs npm and Java
@@ -103,11 +104,19 @@ gpu-check: environments  ## Everything that needs an NVIDIA GPU: plans, routes, 
 	@python -m export.engine --find-gpu
 	@python -m pytest -s -m gpu tests/export/test_gpu.py
 
+.PHONY: images-check
+images-check: environments  ## Build the edge and client images without Docker, run and check them
+	@PYTHONPATH=$(CURDIR) python docker/images_check.py
+
 .PHONY: locks
 locks: environments  ## Resolve the hashed lock files anew
 	@$(LOCK) pyproject.toml --extra client --extra train --extra export --extra bench --extra dev --extra cpu --output-file locks/cpu.txt
 	@$(LOCK) pyproject.toml --extra client --extra train --extra export --extra bench --extra dev --extra gpu --output-file locks/gpu.txt
+	@$(LOCK) client/pyproject.toml --extra web --extra dicom --extra sr --extra pacs --constraint locks/cpu.txt --output-file locks/client.txt
 	@$(LOCK) serving/requirements.in --no-deps --output-file serving/requirements.txt
+	@$(LOCK) docker/build.in --output-file docker/build.txt
+	@$(LOCK) docker/edge.in --output-file docker/edge.txt
+	@$(LOCK) docker/server.in --constraint locks/cpu.txt --output-file docker/server.txt
 
 .PHONY: clean
 clean:  ## Remove results, caches and environments; data/ and model_repository/ stay

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 SUPPORTED_PYTHONS = ("3.11", "3.12")  # what numpy 1.26 and the wheel's backend processes share
 REMEDY = "Run `make environments`"
+_LISTENERS = ("http", "grpc", "metrics")
 BACKENDS = Path(__file__).parent / "backends"
 CLIENT = Path(__file__).parents[1] / "client" / "src" / "chestct"
 NGINX_CONFIG = Path(__file__).parent / "nginx.conf.template"
@@ -870,6 +871,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--environment", type=Path, default=Path(".venv-triton"), help="Triton's own environment"
     )
+    parser.add_argument(
+        "--address",
+        default=HOST,
+        help="where to listen; 0.0.0.0 only inside a container, whose network says who may connect",
+    )
     return parser
 
 
@@ -881,6 +887,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.tls_client_ca and not arguments.tls_cert
     ):
         parser.error("--tls-cert and --tls-key belong together, and --tls-client-ca needs them")
+    if arguments.tls_cert and arguments.address != HOST:
+        parser.error(f"--address {arguments.address} would open the plain HTTP port behind the TLS")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -906,6 +914,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             models=models,
             admin_key=admin_key,
             certificates=certificates,
+            extra_args=[f"--{name}-address={arguments.address}" for name in _LISTENERS],
         ) as server:
             logger.info(
                 "ready at %s and %s after %.1f s, metrics at %s, log in %s",

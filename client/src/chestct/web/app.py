@@ -261,6 +261,7 @@ class _Service:
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
         ).inc()
+        self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
     async def _record(self, found: Decoded | Failed) -> dict[str, Any]:

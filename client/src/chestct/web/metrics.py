@@ -26,6 +26,10 @@ class Metrics:
             "chestct_web_scans", "Slices answered, by status and label or error.",
             ["status", "kind"], registry=self._registry,
         )  # fmt: skip
+        self.outside = Counter(
+            "chestct_web_scans_out_of_domain", "Slices answered and flagged as out of domain.",
+            registry=self._registry,
+        )  # fmt: skip
         self.refused = Counter(
             "chestct_web_uploads_refused", "Uploads refused, by HTTP status.", ["status"],
             registry=self._registry,
