@@ -328,7 +328,8 @@ def classify(engine: Engine, scans: Path, url: str, model: str) -> list[dict[str
     """The JSON lines of `chestct classify` in the client image."""
     said = engine.start(
         "client", f"--volume={scans}:/scans:ro", f"--env=CHESTCT_URL={url}",
-        "localhost/chestct-client", "classify", "/scans", "--json", "--model", model, detach=False,
+        "localhost/chestct-client", "classify", "/scans", "--json", "--no-series", "--model", model,
+        detach=False,
     )  # fmt: skip
     return [json.loads(line) for line in said.splitlines()]
 

@@ -7,7 +7,6 @@ and stops a forwarder on the published port, so a release that does not listen d
 from __future__ import annotations
 
 import getpass
-import importlib.util
 import json
 import os
 import shutil
@@ -16,10 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -120,32 +118,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def module_of(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"shared_{path.parent.name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def model_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_repository(
+    tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]
+) -> Path:
     """A tiny model that keeps the contract, called chestct."""
-    import onnx
-
-    models = module_of(CHECKOUT / "tests" / "serving" / "conftest.py")
-    folder = tmp_path_factory.mktemp("models") / "chestct"
-    (folder / "1").mkdir(parents=True)
-    onnx.save(models.scan_model("N"), folder / "1" / "model.onnx")
     facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
     parameters = "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
         for key, value in facts.to_parameters().items()
     )
-    config = models.CONFIG.replace("NAME", "chestct") + parameters
-    (folder / "config.pbtxt").write_text(config)
-    return folder.parent
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder, "chestct", parameters)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,6 @@ def test_same_results_as_here_and_a_killed_decoder_is_survived(
         assert one.keys() == other.keys()
         for key in one.keys() - {"ms.decode", "ms.infer"}:
             if isinstance(one[key], float):
-                assert other[key] == pytest.approx(one[key], abs=1e-6)
+                assert other[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6)
             else:
                 assert other[key] == one[key]

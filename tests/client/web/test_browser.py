@@ -84,7 +84,9 @@ def wait_for_rows(tab, number: int) -> None:
     deadline = time.monotonic() + WAIT_MS / 1000
     while time.monotonic() < deadline:
         # Not wait_for_function: it needs eval, which the page forbids.
-        if tab.locator("#rows tr").count() == number and tab.locator("#progress").is_hidden():
+        rows = tab.locator("#rows tr").all_inner_texts()
+        is_waiting = any(word in row for row in rows for word in ("waiting", "sending"))
+        if len(rows) == number and not is_waiting and tab.locator("#progress").is_hidden():
             return
         tab.wait_for_timeout(100)
     raise AssertionError(f"{tab.locator('#rows tr').count()} rows, expected {number} that are done")
@@ -106,6 +108,7 @@ def drawn(tab, canvas: str) -> int:
 def require_accessible(tab) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
+    tab.wait_for_timeout(400)  # colours that are on their way have contrasts of their own
     found = Axe().run(tab).response["violations"]
     serious = [item for item in found if item["impact"] in ("serious", "critical")]
     assert not serious, json.dumps(serious, indent=1)[:3000]
@@ -259,6 +262,8 @@ def test_phone_has_no_sideways_scrolling_and_the_notice_in_sight(page, open_page
     tab.set_input_files("#files", [files["coloured.png"]])
     wait_for_rows(tab, 1)
     assert tab.evaluate("() => document.documentElement.scrollWidth") <= 390
+    for name in ("#warning", "#label-card"):
+        tab.locator(name).wait_for()
     warning, label = (tab.locator(name).bounding_box() for name in ("#warning", "#label-card"))
     assert warning["y"] < label["y"]
     tab.evaluate("() => scrollTo(0, document.body.scrollHeight)")
