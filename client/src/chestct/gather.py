@@ -69,7 +69,9 @@ class SeriesGatherer:
         uids = {}
         if self._with_uids:
             uids = {"study_uid": facts.study_uid, "series_uid": uid, "sop_uid": facts.sop_uid}
-        record = {**record, "series": number, **uids, "notice": record["notice"]}
+        notice = {"notice": record["notice"]}  # it stands last
+        rest = {key: value for key, value in record.items() if key not in notice}
+        record = {**rest, "series": number, **uids, **notice}
         folder.slices.setdefault(uid, []).append(SeriesSlice.from_record(record, facts))
         if self._keeps_items:
             folder.items.setdefault(uid, []).append((record, item))
