@@ -301,3 +301,59 @@ def test_the_name_of_the_variable_is_the_servers() -> None:
     from serving import local
 
     assert local.ADMIN_KEY == rollout.ADMIN_KEY
+
+
+def tiny_run(folder: Path) -> str:
+    """A finished run in MLflow that holds a network which answers in a millisecond."""
+    import keras
+    from keras import layers
+
+    from training.tracking import tracked_run
+
+    keras.utils.set_random_seed(5)
+    scan = keras.Input((224, 224, 1), dtype="uint8", name="scan")
+    small = layers.AveragePooling2D(16)(layers.Rescaling(1 / 255)(scan))
+    evidence = layers.Conv2D(3, 3, padding="same", name="activation_map")(small)
+    logits = layers.GlobalAveragePooling2D()(evidence)
+    distance = keras.ops.norm(logits, axis=-1, keepdims=True)
+    outputs = {
+        "probabilities": layers.Softmax(name="probabilities")(logits),
+        "activation_map": evidence,
+        "domain_distance": distance,
+    }
+    folder.mkdir()
+    keras.Model(scan, outputs).save(folder / "model.keras")
+    with tracked_run("tiny") as run:
+        facts = dataclasses.replace(FACTS, run=run.run_id, git_commit=run.git_commit)
+        (folder / "facts.json").write_text(json.dumps(facts.to_parameters()))
+        for name in ("model.keras", "facts.json"):
+            run.log_file(folder / name, "model")
+        return run.run_id
+
+
+def test_the_champion_of_mlflow_is_served_by_one_command(
+    stage: Stage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from training import registry
+    from training.tracking import git_commit
+
+    run, commit = tiny_run(tmp_path / "run"), git_commit()
+    registry.promote(run, {})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(ADMIN_KEY, "of-the-test")
+    config = tmp_path / "rollout.yaml"
+    config.write_text(
+        f"repository: {stage.config.repository}\nscans: {stage.config.scans}\n"
+        f"split: {stage.config.split}\ngolden: test\naccuracy_drop: 1.0\nleast_agreement: 0.0\n"
+    )
+    served = tmp_path / "serve.yaml"
+    served.write_text("max_batch_size: 8\n")
+    options = ["--config", str(config), "--serve-config", str(served)]
+    assert main([*options, "--url", stage.triton.http_url, "--champion"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["version"], answer["run"]) == ("2", run)
+    assert answer["git_commit"] == commit
+    assert (stage.config.repository / "chestct_fp32" / "1" / "parity.json").is_file()
