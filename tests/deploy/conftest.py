@@ -53,7 +53,7 @@ case "$*" in
       *" up "*)
         down
         echo "$server" > "$FAKE/running"
-        [ "$fault" != slow ] || { touch "$FAKE/starting"; sleep 60; }
+        [ "$fault" != slow ] || { touch "$FAKE/starting"; sleep 20; }
         [ "$fault" != unhealthy ] || exit 1
         [ "$fault" = silent ] || {
           setsid "$PYTHON" "$FAKE/forward.py" "$FAKE/published" "$FAKE/target$fault" \

@@ -49,7 +49,9 @@ def test_every_address_gives_the_folder_of_the_training(registered, trained, her
     # Its settings are parameters of the run already.
     fetched = json.loads((folder / "run.json").read_text())
     of_training = json.loads((trained.model / "run.json").read_text())
-    assert fetched == {key: of_training[key] for key in ("run", "weights")}
+    commit = json.loads((trained.model / "facts.json").read_text())["git_commit"]
+    expected = {key: of_training[key] for key in ("run", "weights")}
+    assert fetched == expected | {"git_commit": commit}
     assert folder == model_folder(f"runs:/{registered}/model")
 
 
