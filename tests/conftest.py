@@ -151,9 +151,9 @@ TEXT_OUTPUTS = {
 }
 
 
-def scan_model(batch: str | int) -> onnx.ModelProto:
+def scan_model(batch: str | int, num_labels: int = 3) -> onnx.ModelProto:
     """Block means of the scan, times a kernel: a few operations, the outputs of the contract."""
-    kernel = np.random.default_rng(0).normal(0, 0.05, (1, 3)).astype(np.float32)
+    kernel = np.random.default_rng(0).normal(0, 0.05, (1, num_labels)).astype(np.float32)
     nodes = [
         helper.make_node("Cast", ["scan"], ["grey"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["grey"], ["channels_first"], perm=[0, 3, 1, 2]),
@@ -166,7 +166,11 @@ def scan_model(batch: str | int) -> onnx.ModelProto:
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
         helper.make_node("ReduceL2", ["logits", "class_axis"], ["domain_distance"], keepdims=1),
     ]
-    outputs = {"probabilities": [3], "activation_map": [14, 14, 3], "domain_distance": [1]}
+    outputs = {
+        "probabilities": [num_labels],
+        "activation_map": [14, 14, num_labels],
+        "domain_distance": [1],
+    }
     graph = helper.make_graph(
         nodes,
         "tiny",
@@ -206,6 +210,7 @@ def write_model() -> Callable[..., Path]:
         *,
         replace: tuple[str, str] = ("", ""),
         batch: str | int = "N",
+        num_labels: int = 3,
     ) -> Path:
         path = repository / name / "1" / "model.onnx"
         path.parent.mkdir(parents=True)
@@ -213,7 +218,9 @@ def write_model() -> Callable[..., Path]:
             type_name, output_type = TEXT_OUTPUTS[name]
             model, config = text_model(output_type), TEXT_CONFIG.replace("RESULT_TYPE", type_name)
         else:
-            model, config = scan_model(batch), CONFIG
+            model, config = scan_model(batch, num_labels), CONFIG
+            config = config.replace("dims: [3]", f"dims: [{num_labels}]")
+            config = config.replace("14, 3]", f"14, {num_labels}]")
         onnx.save(model, path)
         config = config.replace("NAME", name)
         if replace[0]:

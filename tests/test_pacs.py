@@ -18,9 +18,7 @@ from typing import Any
 
 import highdicom
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from pydicom import Dataset, dcmread
 
 from chestct.client import ScanClient
@@ -66,61 +64,14 @@ def until(condition: Callable[[], Any], timeout_s: float = 90) -> Any:
     return result
 
 
-def tiny_model() -> onnx.ModelProto:
-    """Block means of the scan, times a kernel: a few operations, the outputs of the contract."""
-    kernel = np.random.default_rng(3).normal(0, 0.05, (1, 4)).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["scan"], ["grey"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["grey"], ["first"], perm=[0, 3, 1, 2]),
-        helper.make_node(
-            "AveragePool", ["first"], ["means"], kernel_shape=[16, 16], strides=[16, 16]
-        ),
-        helper.make_node("Transpose", ["means"], ["places"], perm=[0, 2, 3, 1]),
-        helper.make_node("MatMul", ["places", "kernel"], ["activation_map"]),
-        helper.make_node("ReduceMean", ["activation_map", "axes"], ["logits"], keepdims=0),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
-        helper.make_node("ReduceL2", ["logits", "last"], ["domain_distance"], keepdims=1),
-    ]
-    outputs = {"probabilities": [4], "activation_map": [14, 14, 4], "domain_distance": [1]}
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("scan", TensorProto.UINT8, ["N", 224, 224, 1])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *dims])
-            for name, dims in outputs.items()
-        ],
-        [
-            numpy_helper.from_array(kernel, "kernel"),
-            numpy_helper.from_array(np.array([1, 2]), "axes"),
-            numpy_helper.from_array(np.array([1]), "last"),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-CONFIG = """
-name: "chestct" backend: "onnxruntime" max_batch_size: 8
-input [{ name: "scan" data_type: TYPE_UINT8 dims: [224, 224, 1] }]
-output [
-  { name: "probabilities" data_type: TYPE_FP32 dims: [4] },
-  { name: "activation_map" data_type: TYPE_FP32 dims: [14, 14, 4] },
-  { name: "domain_distance" data_type: TYPE_FP32 dims: [1] }
-]
-instance_group [{ kind: KIND_CPU count: 1 }]
-"""
-
-
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
+def repository(tmp_path_factory, write_model) -> Path:
     folder = tmp_path_factory.mktemp("repository")
-    (folder / "chestct" / "1").mkdir(parents=True)
-    onnx.save(tiny_model(), folder / "chestct" / "1" / "model.onnx")
     parameters = "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
         for key, value in FACTS.to_parameters().items()
     )
-    (folder / "chestct" / "config.pbtxt").write_text(CONFIG + parameters)
+    write_model(folder, "chestct", parameters, num_labels=len(FACTS.labels))
     return folder
 
 
