@@ -37,10 +37,15 @@ def real_scans() -> Path:
 
 @pytest.fixture(scope="session")
 def triton_environment() -> Path:
-    environment = CHECKOUT / ".venv-triton"
-    if not environment.is_dir():
-        pytest.skip("no .venv-triton: make environments")
-    return environment
+    """Triton's own environment; without it the test is skipped."""
+    from serving.local import LocalTritonError, find_installation
+
+    folder = CHECKOUT / ".venv-triton"
+    try:
+        find_installation(folder)
+    except LocalTritonError as error:
+        pytest.skip(str(error))
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

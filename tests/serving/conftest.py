@@ -14,20 +14,15 @@ import numpy as np
 import pytest
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from serving.local import LocalTriton, LocalTritonError, find_installation
+from serving.local import LocalTriton, find_installation
 
 CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def environment() -> Path:
-    """Triton's own environment; without it the test is skipped."""
-    folder = CHECKOUT / ".venv-triton"
-    try:
-        find_installation(folder)
-    except LocalTritonError as error:
-        pytest.skip(str(error))
-    return folder
+def environment(triton_environment: Path) -> Path:
+    """Its short name here."""
+    return triton_environment
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageOps
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from serving.local import LocalTriton, LocalTritonError, find_installation
+from serving.local import LocalTriton
 
 CHECKOUT = Path(__file__).parents[3]
 LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
@@ -100,24 +100,13 @@ def write_repository(folder: Path, facts: ModelFacts = FACTS, without: str = "")
 
 
 @pytest.fixture(scope="session")
-def triton_folder() -> Path:
-    """Triton's own environment; without it the test is skipped."""
-    folder = CHECKOUT / ".venv-triton"
-    try:
-        find_installation(folder)
-    except LocalTritonError as error:
-        pytest.skip(str(error))
-    return folder
-
-
-@pytest.fixture(scope="session")
 def small_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_repository(tmp_path_factory.mktemp("web") / "repository")
 
 
 @pytest.fixture(scope="session")
-def small_triton(small_repository: Path, triton_folder: Path) -> Iterator[LocalTriton]:
-    with LocalTriton(small_repository, environment=triton_folder, exit_timeout_s=5) as server:
+def small_triton(small_repository: Path, triton_environment: Path) -> Iterator[LocalTriton]:
+    with LocalTriton(small_repository, environment=triton_environment, exit_timeout_s=5) as server:
         yield server
 
 

@@ -286,10 +286,10 @@ def test_first_view_is_small(page, open_page):
 
 
 def test_server_that_goes_and_comes_back_is_waited_for(
-    small_repository, triton_folder, open_page, files, tmp_path
+    small_repository, triton_environment, open_page, files, tmp_path
 ):
     """Down, then another contract, then right again at the same address."""
-    with LocalTriton(small_repository, environment=triton_folder, exit_timeout_s=5) as triton:
+    with LocalTriton(small_repository, environment=triton_environment, exit_timeout_s=5) as triton:
         port = int(triton.grpc_url.rpartition(":")[2])
         page = start_page(triton.grpc_url)
         try:
@@ -304,12 +304,14 @@ def test_server_that_goes_and_comes_back_is_waited_for(
             assert "does not answer" in tab.locator("#trouble").inner_text()
             assert "waiting" in tab.locator("#rows tr").nth(1).inner_text()
             wrong = write_repository(tmp_path / "wrong", without="training_run")
-            with LocalTriton(wrong, environment=triton_folder, grpc_port=port, exit_timeout_s=5):
+            with LocalTriton(
+                wrong, environment=triton_environment, grpc_port=port, exit_timeout_s=5
+            ):
                 told = tab.locator("#trouble-text", has_text="training_run")
                 told.wait_for()
                 assert "not made for" in tab.locator("#trouble-title").inner_text()
             with LocalTriton(
-                small_repository, environment=triton_folder, grpc_port=port, exit_timeout_s=5
+                small_repository, environment=triton_environment, grpc_port=port, exit_timeout_s=5
             ):
                 wait_for_rows(tab, 2)
                 assert tab.locator("#trouble").is_hidden()
