@@ -316,6 +316,8 @@ def test_promotion_moves_the_champion_and_roll_back_undoes_it(store, capsys):
     assert main(["--promote"]) == 0
     assert capsys.readouterr().out.endswith("chestct@champion: version 1 already\n")
     assert champion() == {"champion": 1}
+    assert main(["--roll-back"]) == 1
+    assert "no version with the alias previous: nothing to roll" in capsys.readouterr().err
 
     assert main(["--promote", store["three"][:8], "--metric", "brier", "--json"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

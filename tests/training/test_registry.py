@@ -9,7 +9,7 @@ import mlflow
 import pytest
 
 from chestct.contract import ModelFacts
-from training.registry import model_folder, promote, roll_back
+from training.registry import model_folder, promote
 
 
 @pytest.fixture
@@ -145,8 +145,3 @@ def test_parity_without_the_exported_model_is_one_line(exported, trained, here, 
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"is not the model of run {'f' * 32}, from which the variant was exported" in said
     assert said.endswith("export again")
-
-
-def test_rolling_back_needs_a_champion_before(registered):
-    with pytest.raises(ValueError, match="no version with the alias previous"):
-        roll_back()
