@@ -14,13 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.batch import classify_paths, classify_sources, new_workers
+from chestct.batch import (
+    classify_paths,
+    classify_sources,
+    decoded_files,
+    new_workers,
+    start_decoding,
+)
 from chestct.client import ScanClient
-from chestct.contract import Window
+from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import InferenceError, ServerUnavailableError
 from chestct.fleet import Fleet
 from chestct.scan import Slice, inspect_scans, list_scans
 from chestct.sources import Source
+from tests.client.swelling import dicom_that_swells
 
 
 @pytest.fixture
@@ -243,6 +250,34 @@ def test_file_that_crashes_or_hangs_its_decoder_costs_one_record(
     assert error["type"] == "DecoderCrashedError"
     assert said in error["message"]
     assert [record["status"] for record in records].count("ok") == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+def test_file_that_swells_in_memory_costs_one_record(
+    client: ScanClient, scan_folder: Path, tmp_path: Path
+) -> None:
+    swelling = tmp_path / "swelling.dcm"
+    swelling.write_bytes(dicom_that_swells(1_000_000))
+    good = list(list_scans(scan_folder))
+    paths = [*good[:2], swelling, *good[2:], *good]
+    limit = 256 * 2**20
+    with (  # it is too large for a thread, though the first files go to threads
+        new_workers(1, memory_bytes=limit) as workers,
+        Fleet.like(client) as fleet,
+    ):
+        records = [record for record, _ in classify_sources(fleet, map(Source, paths), workers, 3)]
+    assert [record["path"] for record in records] == list(map(str, paths))
+    error = records[2]["error"]
+    assert error["type"] == "DecoderCrashedError"
+    assert error["message"].endswith(
+        "decoding needs more memory than it may take. Export the slice again, or allow it more."
+    )
+    assert [record["status"] for record in records].count("ok") == 10
+    # The same file is no riddle where there is room for it.
+    with new_workers(1, num_in_threads=0) as workers:
+        source = Source(swelling)
+        [file] = decoded_files(source, start_decoding(source, LUNG_WINDOW, workers))
+    assert "DICOM without a picture" in str(file.slice.scan)
 
 
 def test_pause_sends_what_there_is(client: ScanClient, scan_folder: Path) -> None:

@@ -76,6 +76,23 @@ def test_start_of_the_process_does_not_count_as_time_of_the_call() -> None:
         assert pool.submit(abs, -3).result() == 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+def test_call_may_not_fill_the_memory() -> None:
+    with Workers(1, limit_s=60, memory_bytes=400 * 2**20) as pool:
+        before = pool.submit(os.getpid).result()
+        with pytest.raises(MemoryError):
+            pool.submit(bytes, 400 * 2**20).result()
+        assert not is_alive(before)  # what is left of its memory is in pieces
+        assert len(pool.submit(bytes, 20 * 2**20).result()) == 20 * 2**20
+
+
+def test_heavy_call_runs_in_a_process_among_the_first() -> None:
+    with Workers(1, limit_s=60, num_in_threads=2) as pool:
+        heavy = pool.submit(os.getpid, is_heavy=True)
+        assert [pool.submit(os.getpid).result() for _ in range(2)] == [os.getpid()] * 2
+        assert heavy.result() != os.getpid()
+
+
 def test_printing_decoders_do_not_disturb(workers: Workers) -> None:
     assert workers.submit(os.write, 1, b"\x80 noise").result() == 7
     assert workers.submit(os.write, 2, b"noise").result() == 5

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,9 +23,11 @@ from tritonclient.utils import InferenceServerException
 from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelFacts, Window
 from chestct.errors import ScanDecodeError
+from chestct.limits import DECODE_MEMORY_BYTES
 from chestct.scan import decode_scan, inspect_scan, list_scans
 from export.repository import write_encoded
 from serving.local import LocalTriton
+from tests.client.swelling import dicom_that_swells
 
 pytestmark = pytest.mark.server
 
@@ -165,6 +168,35 @@ def test_a_bad_file_among_others_is_named_and_costs_no_other_request(
         infer_grpc(encoded, [good, b"", good])
     assert infer_grpc(encoded, [good])["probabilities"].shape == (1, 3)
     assert encoded.check() == []
+
+
+def test_a_file_that_swells_in_memory_is_the_callers_error(
+    encoded: LocalTriton, files: dict[str, Path]
+) -> None:
+    good = files["png"].read_bytes()
+    pids = steps_of(encoded)
+    assert pids
+    for pid in pids:
+        assert resource.prlimit(pid, resource.RLIMIT_AS)[0] == DECODE_MEMORY_BYTES
+        # Less than it is allowed, so that a file of 8 MB, and not one of 50, is too much.
+        status = Path(f"/proc/{pid}/status").read_text()
+        now = int(re.findall(r"VmSize:\s+(\d+) kB", status)[0]) * 1024
+        resource.prlimit(pid, resource.RLIMIT_AS, (now + 100 * 2**20, DECODE_MEMORY_BYTES))
+    try:
+        with pytest.raises(InferenceServerException, match="needs more memory") as refused:
+            infer_grpc(encoded, [dicom_that_swells(1_000_000)])
+        assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+        assert infer_grpc(encoded, [good])["probabilities"].shape == (1, 3)
+    finally:
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_AS, (DECODE_MEMORY_BYTES,) * 2)
+
+
+def steps_of(server: LocalTriton) -> list[int]:
+    """The processes of a server that run the decoding step."""
+    children = (path.read_text() for path in Path("/proc").glob(f"{server.pid}/task/*/children"))
+    pids = [int(pid) for text in children for pid in text.split()]
+    return [pid for pid in pids if b"chestct_scan" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def curl_commands() -> list[str]:

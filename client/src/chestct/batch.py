@@ -20,6 +20,7 @@ from chestct.client import Predictions, ScanClient
 from chestct.contract import Window
 from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
 from chestct.fleet import Fleet
+from chestct.limits import DECODE_MEMORY_BYTES
 from chestct.outputs import Finished, Item, Record
 from chestct.report import error_line, result_line
 from chestct.scan import Scan, Slice, inspect_scans
@@ -36,10 +37,12 @@ __all__ = [
     "decode_source",
     "decoded_files",
     "new_workers",
+    "start_decoding",
 ]
 
 DECODE_LIMIT_S = 60.0
 NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
+MAX_BYTES_IN_THREADS = 2**20  # a slice of 512 x 512 has half of it
 MAX_WORKERS = 32
 MOST_FILES = 4  # times the batch size: files in a group that holds few scans
 
@@ -128,6 +131,7 @@ def new_workers(
     *,
     limit_s: float = DECODE_LIMIT_S,
     num_in_threads: int = NUM_IN_THREADS,
+    memory_bytes: int = DECODE_MEMORY_BYTES,
 ) -> Workers:
     """The pool that decodes.
 
@@ -135,7 +139,9 @@ def new_workers(
         num_workers: How many files at once; by default one for each processor.
         limit_s: How long one file may take in a process.
         num_in_threads: How many files, from the first, are decoded in this process: starting
-            others takes longer. What crashes a decoder there ends this process.
+            others takes longer. What crashes a decoder there ends this process. Files above
+            `MAX_BYTES_IN_THREADS` go to a process in any case.
+        memory_bytes: Address space of a process, where the system can limit it; 0 for no limit.
 
     Raises:
         ValueError: `num_workers` below 1, or no time.
@@ -143,7 +149,9 @@ def new_workers(
     if num_workers is None:
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         num_workers = min(len(own) or os.cpu_count() or 1, MAX_WORKERS)
-    return Workers(num_workers, limit_s=limit_s, num_in_threads=num_in_threads)
+    return Workers(
+        num_workers, limit_s=limit_s, num_in_threads=num_in_threads, memory_bytes=memory_bytes
+    )
 
 
 def classify_sources(
@@ -199,9 +207,8 @@ def classify_sources(
             else:
                 is_paused = source is None
                 if source is not None and not _is_done(source, known):
-                    ahead.append(
-                        (source, workers.submit(decode_source, source, fleet.facts.window))
-                    )
+                    decoding = start_decoding(source, fleet.facts.window, workers)
+                    ahead.append((source, decoding))
         while sent and not sent[0].is_under_way():
             yield from _finished(sent.popleft())
         most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
@@ -228,6 +235,12 @@ def _is_done(source: Source, known: Finished) -> bool:
     return source.name in known and source.name not in known.pending
 
 
+def start_decoding(source: Source, window: Window, workers: Workers) -> Future[_Decoded]:
+    """Has `decode_source` called soon, in a process of its own where the file is large."""
+    is_heavy = workers.has_threads and source.num_bytes() > MAX_BYTES_IN_THREADS
+    return workers.submit(decode_source, source, window, is_heavy=is_heavy)
+
+
 def decode_source(source: Source, window: Window) -> _Decoded:
     """The slices of a file, and how many ms each took."""
     start = time.perf_counter()
@@ -242,17 +255,19 @@ def decoded_files(
 
     Args:
         source: The file.
-        decoding: Future of `decode_source`, from `chestct.workers.Workers`.
+        decoding: Future of `decode_source`, from `start_decoding`.
         known: What an earlier run has written; those of its slices are left out whose series has
             its record too.
     """
     try:
         slices, decode_ms = decoding.result()
-    except (WorkerCrashedError, CallTimeoutError) as error:
-        remedy = "Export the slice again"
+    except (WorkerCrashedError, CallTimeoutError, MemoryError) as error:
+        how, remedy = str(error), "Export the slice again"
         if isinstance(error, CallTimeoutError):
             remedy += ", or allow it more time"
-        crashed = DecoderCrashedError(f"{source.name}: decoding {error}. {remedy}.")
+        elif isinstance(error, MemoryError):
+            how, remedy = "needs more memory than it may take", f"{remedy}, or allow it more"
+        crashed = DecoderCrashedError(f"{source.name}: decoding {how}. {remedy}.")
         slices, decode_ms = [Slice(source.name, crashed)], 0.0
     if known is None:
         return [DecodedFile(source, each, decode_ms) for each in slices]

@@ -27,6 +27,7 @@ from chestct.errors import OutOfDomainError, ServerError, SpoolError
 from chestct.find import Choice, find_sources, listed_paths, watch_sources
 from chestct.fleet import Fleet
 from chestct.gather import SeriesGatherer
+from chestct.limits import DECODE_MEMORY_BYTES
 from chestct.outputs import (
     FORMATS,
     Finished,
@@ -53,6 +54,7 @@ __all__ = ["entry_point", "main"]
 DONE, SOME_FAILED, WRONG_USAGE, NO_SERVER = 0, 1, 2, 3
 PROGRESS_PERIOD_S = 0.1
 LISTEN_CONNECT_TIMEOUT_S = 5.0
+LEAST_MEMORY_MB = 512  # an interpreter with numpy and the codecs takes half of it
 INTERRUPTED, STDOUT_CLOSED = 130, 141  # 128 + the signal, as shells have it
 
 
@@ -290,6 +292,13 @@ def _add_classify_arguments(classify: argparse.ArgumentParser) -> None:
         help="how long one file may take to decode (%(default)s)",
     )
     speed.add_argument(
+        "--decode-memory-mb",
+        type=float,
+        default=DECODE_MEMORY_BYTES / 1e6,
+        metavar="MB",
+        help="how much address space a decoding process may take (%(default).0f)",
+    )
+    speed.add_argument(
         "--isolate",
         action="store_true",
         help=f"decode the first {NUM_IN_THREADS} files in other processes too",
@@ -408,7 +417,11 @@ def _listen(arguments: argparse.Namespace) -> int:
     def report(files: Sequence[Path], checkpoint: Callable[[], None]) -> Any:
         with _client(arguments) as client:
             return classify_series(
-                client, files, checkpoint=checkpoint, with_capture=not arguments.no_capture
+                client,
+                files,
+                checkpoint=checkpoint,
+                with_capture=not arguments.no_capture,
+                workers=workers,
             )
 
     _log_to_stderr()
@@ -416,7 +429,8 @@ def _listen(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        with Listener(config, report):
+        # What others send is decoded apart: it may crash, hang, or ask for all the memory.
+        with new_workers(num_in_threads=0) as workers, Listener(config, report):
             stopped.wait()
     except (SpoolError, ImportError) as error:
         raise _UsageError(error) from error
@@ -448,9 +462,17 @@ def _classify(arguments: argparse.Namespace) -> int:
         raise _UsageError('--engine ray needs Ray: pip install "chestct[ray]"')
     fleet, stdout = _fleet(arguments), sys.stdout
     num_in_threads = 0 if arguments.isolate else NUM_IN_THREADS
+    if not arguments.decode_memory_mb >= LEAST_MEMORY_MB:
+        raise _UsageError(
+            f"--decode-memory-mb {arguments.decode_memory_mb:g}: expected at least "
+            f"{LEAST_MEMORY_MB}"
+        )
     try:
         workers = new_workers(
-            arguments.workers, limit_s=arguments.decode_limit_s, num_in_threads=num_in_threads
+            arguments.workers,
+            limit_s=arguments.decode_limit_s,
+            num_in_threads=num_in_threads,
+            memory_bytes=round(arguments.decode_memory_mb * 1e6),
         )
     except ValueError as error:
         raise _UsageError(f"--decode-limit-s: {error}") from error
@@ -501,6 +523,7 @@ def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: Workers) -> R
             num_decoders=workers.num_workers,
             num_senders=len(fleet.urls),
             decode_limit_s=arguments.decode_limit_s,
+            decode_memory_bytes=round(arguments.decode_memory_mb * 1e6),
             batch_size=arguments.batch_size,
         )
     )

@@ -16,11 +16,19 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
-from chestct.batch import DecodedFile, answered_files, decode_source, decoded_files, new_workers
+from chestct.batch import (
+    DECODE_LIMIT_S,
+    DecodedFile,
+    answered_files,
+    decoded_files,
+    new_workers,
+    start_decoding,
+)
 from chestct.client import TLSOptions
 from chestct.contract import Window
 from chestct.errors import ServerError
 from chestct.fleet import Fleet
+from chestct.limits import DECODE_MEMORY_BYTES
 from chestct.outputs import Finished, Item, Record
 from chestct.sources import Source
 
@@ -40,13 +48,15 @@ class RayOptions:
         num_decoders: Processes that decode.
         num_senders: Processes that ask the servers.
         decode_limit_s: How long one file may take to decode.
+        decode_memory_bytes: Address space of a process that decodes.
         batch_size: How many scans go into one request.
     """
 
     address: str = ""
     num_decoders: int = 2
     num_senders: int = 1
-    decode_limit_s: float = 60.0
+    decode_limit_s: float = DECODE_LIMIT_S
+    decode_memory_bytes: int = DECODE_MEMORY_BYTES
     batch_size: int = 8
 
 
@@ -146,7 +156,7 @@ class RayCluster:
             data.from_items(rows, override_num_blocks=num_blocks)
             .map_batches(
                 _Decoder,
-                fn_constructor_args=(window, options.decode_limit_s),
+                fn_constructor_args=(window, options.decode_limit_s, options.decode_memory_bytes),
                 batch_size=BLOCK_FILES,
                 concurrency=options.num_decoders,
                 num_cpus=1,
@@ -191,13 +201,13 @@ def _started_ray(options: RayOptions) -> Any:
 class _Decoder:
     """Files in, slices out; decodes in a process of its own, which may crash."""
 
-    def __init__(self, window: Window, limit_s: float) -> None:
+    def __init__(self, window: Window, limit_s: float, memory_bytes: int) -> None:
         self._window = window
-        self._workers = new_workers(1, limit_s=limit_s, num_in_threads=0)
+        self._workers = new_workers(1, limit_s=limit_s, num_in_threads=0, memory_bytes=memory_bytes)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         sources = [pickle.loads(each) for each in batch["source"]]
-        decoding = [self._workers.submit(decode_source, each, self._window) for each in sources]
+        decoding = [start_decoding(each, self._window, self._workers) for each in sources]
         files = [
             file
             for source, future in zip(sources, decoding, strict=True)

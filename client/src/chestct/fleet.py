@@ -269,8 +269,9 @@ class Fleet:
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._close(), loop).result(CLOSE_LIMIT_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        thread.join(CLOSE_LIMIT_S)
+        if not thread.is_alive():  # one that hangs in a call of gRPC ends with the process
+            loop.close()
         self._loop = self._thread = None
 
     def _run(self, steps: Coroutine[Any, Any, T]) -> T:

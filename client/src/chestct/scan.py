@@ -292,7 +292,7 @@ def _decoding(kind: str, name: str) -> Iterator[None]:
     try:
         with without_warnings:
             yield
-    except ScanDecodeError:
+    except (ScanDecodeError, MemoryError):
         raise
     except BaseException as error:
         # A codec written in Rust panics with an exception that is no Exception.

@@ -46,6 +46,15 @@ class Source:
         """What records carry as `path`: `study.zip!series/IM001.dcm` for a file in an archive."""
         return f"{self.path}!{self.member}" if self.member else str(self.path)
 
+    def num_bytes(self) -> int:
+        """How large it is, unpacked; 0 where that cannot be known."""
+        try:
+            if self.member:
+                return _open_archive(self.path).getinfo(self.member).file_size
+            return os.stat(self.path).st_size
+        except (ScanDecodeError, KeyError, OSError, ValueError):
+            return 0
+
     def read(self) -> bytes:
         """The whole file; of an archive nothing is written to disk.
 

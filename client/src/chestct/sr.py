@@ -7,16 +7,14 @@ say so, and neither is verified by anybody.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import os
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +22,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from chestct.batch import classify_sources, new_workers
 from chestct.body import body_box
 from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, Window
 from chestct.dicom import SliceFacts
 from chestct.errors import OutOfDomainError, ReportError, ScanDecodeError
-from chestct.report import result_line
-from chestct.scan import Scan, inspect_scans, load_grey
+from chestct.fleet import Fleet
+from chestct.scan import inspect_scans, load_grey
 from chestct.series import SeriesSlice, series_record
 from chestct.silence import without_warnings
 from chestct.sources import Source
+from chestct.workers import Workers
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -50,7 +50,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FILES_AT_ONCE = 16  # decoded slices of 50 KB each that wait for the server
 CODING_SCHEME = "99CHESTCT"  # private: PS3.16 section 8.2 asks for 99 in front
 # SNOMED CT, as PS3.16 has them in CID 6150 and 230; other labels get a private code.
 CODE_OF_LABEL: Mapping[str, tuple[str, str]] = {
@@ -187,14 +186,16 @@ def classify_series(
     *,
     checkpoint: Callable[[], None],
     with_capture: bool = True,
+    workers: Workers | None = None,
 ) -> dict[str, bytes] | None:
     """The reports on one series, as DICOM files.
 
     Args:
         client: A connected client.
         files: All files of the series.
-        checkpoint: Called between batches; may raise to end the work.
+        checkpoint: Called after each slice; may raise to end the work.
         with_capture: Whether to make the Secondary Capture too.
+        workers: Pool that decodes; by default one of its own.
 
     Returns:
         Files by name, `sr` and `sc`; None where no file holds an axial CT slice.
@@ -208,31 +209,18 @@ def classify_series(
     window = client.facts.window
     found: list[tuple[dict[str, Any], Source, SliceFacts]] = []
     num_failed = num_refused = 0
-    sources = [Source(file) for file in files]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="decode") as pool:
-        for start in range(0, len(sources), FILES_AT_ONCE):
+    with contextlib.ExitStack() as stack:
+        decoders = workers or stack.enter_context(new_workers())
+        fleet = stack.enter_context(Fleet.like(client))
+        checkpoint()
+        for record, item in classify_sources(fleet, map(Source, files), decoders):
             checkpoint()
-            some = sources[start : start + FILES_AT_ONCE]
-            scans: list[tuple[str, Source, Scan]] = []
-            decoded = pool.map(
-                lambda source: [(source, each) for each in inspect_scans(source, window)], some
-            )
-            for source, each in chain.from_iterable(decoded):
-                if isinstance(each.scan, Scan):
-                    scans.append((each.name, source, each.scan))
-                elif isinstance(each.scan, OutOfDomainError):
-                    num_refused += 1
-                else:
-                    num_failed += 1
-            if not scans:
-                continue
-            pixels = np.stack([scan.pixels for _, _, scan in scans])
-            predictions = client.classify(pixels, with_map=False)
-            for index, (name, source, scan) in enumerate(scans):
-                line = result_line(
-                    name, predictions, index, decode_ms=0, infer_ms=0, reasons=scan.reasons
-                )
-                found.append((line, source, scan.facts or SliceFacts()))
+            if item.scan is not None:
+                found.append((record, item.source, item.scan.facts or SliceFacts()))
+            elif record["error"]["type"] == OutOfDomainError.__name__:
+                num_refused += 1
+            else:
+                num_failed += 1
     if not found:
         if num_failed:
             raise ReportError(f"none of {num_failed + num_refused} slices can be read")

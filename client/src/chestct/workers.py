@@ -19,11 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from chestct.limits import limit_memory
+
 __all__ = ["CallTimeoutError", "WorkerCrashedError", "Workers", "serve"]
 
 START_LIMIT_S = 120.0  # of an interpreter with numpy, on a machine that is busy
 WATCH_PERIOD_S = 0.1
-_COMMAND = (sys.executable, "-P", "-c", "from chestct.workers import serve; serve()")
+_PROGRAM = "import sys; from chestct.workers import serve; serve(int(sys.argv[1]))"
 
 
 class WorkerCrashedError(Exception):
@@ -41,13 +43,21 @@ class Workers:
     first calls is a crash of this process.
     """
 
-    def __init__(self, num_workers: int, *, limit_s: float, num_in_threads: int = 0) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        limit_s: float,
+        num_in_threads: int = 0,
+        memory_bytes: int = 0,
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             num_workers: How many calls run at once, each in a process of its own.
             limit_s: How long a call in a process may take.
             num_in_threads: How many calls, from the first, run in threads.
+            memory_bytes: Address space of a process, where the system can limit it; 0 for no limit.
 
         Raises:
             ValueError: No workers, or no time.
@@ -56,6 +66,7 @@ class Workers:
             raise ValueError(f"{num_workers} workers, {limit_s} s a call: expected more than 0")
         self.num_workers = num_workers
         self._limit_s = limit_s
+        self._memory_bytes = memory_bytes
         self._num_in_threads = num_in_threads
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
         self._own = threading.local()
@@ -70,12 +81,25 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    @property
+    def has_threads(self) -> bool:
+        """Whether the next call may run in a thread of this process."""
+        return self._num_in_threads > 0
+
+    def submit(
+        self, function: Callable[..., Any], *arguments: Any, is_heavy: bool = False
+    ) -> Future[Any]:
         """Calls a function soon; for a process, function, arguments and result are pickled.
 
         The future raises what the function raises, `WorkerCrashedError` or `CallTimeoutError`.
+        A `MemoryError` ends the process of the call: what is left of its memory is in pieces.
+
+        Args:
+            function: What is called, by its name in a module.
+            arguments: Of the call.
+            is_heavy: Whether it needs a process in any case, for the bounds on time and memory.
         """
-        if self._num_in_threads > 0:
+        if self.has_threads and not is_heavy:
             self._num_in_threads -= 1
             return self._threads.submit(function, *arguments)
         return self._threads.submit(self._call, function, arguments)
@@ -99,7 +123,7 @@ class Workers:
             process = self._own.process = self._new_process()
         try:
             return process.call(function, arguments, self._limit_s)
-        except (WorkerCrashedError, CallTimeoutError):
+        except (WorkerCrashedError, CallTimeoutError, MemoryError):
             self._own.process = None
             with self._lock:
                 self._processes.discard(process)
@@ -110,7 +134,7 @@ class Workers:
         with self._lock:
             if self._is_closed.is_set():
                 raise WorkerCrashedError("the pool was closed")
-            process = _Process()
+            process = _Process(self._memory_bytes)
             self._processes.add(process)
             if self._watch is None:
                 self._watch = threading.Thread(target=self._kill_late, daemon=True)
@@ -128,14 +152,18 @@ class Workers:
 class _Process:
     """One interpreter and the call that it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int) -> None:
         paths = [path or os.getcwd() for path in sys.path]
         self._process = subprocess.Popen(
-            _COMMAND,
+            (sys.executable, "-P", "-c", _PROGRAM, str(memory_bytes)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decoders write there what they find in a file
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "OPENBLAS_NUM_THREADS": "1",  # each would take address space of its own
+            },
         )
         self._deadline_s: float | None = None
         self._was_late = False
@@ -197,8 +225,11 @@ class _Process:
         self._process.wait()
 
 
-def serve() -> None:
+def serve(memory_bytes: int) -> None:
     """What a process of the pool does: answers calls until nobody asks any more."""
+    if memory_bytes:
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            limit_memory(memory_bytes)
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller to act on
     # Decoders that print must not print among the answers.

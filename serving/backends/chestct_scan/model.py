@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from chestct.contract import INPUT_NAME, NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ScanDecodeError
+from chestct.limits import DECODE_MEMORY_BYTES, limit_memory
 from chestct.scan import inspect_bytes
 
 Tensors = dict[str, np.ndarray]
@@ -96,7 +98,9 @@ class TritonPythonModel:
         return auto_complete_model_config
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Read labels, window and threshold from the model config."""
+        """Read labels, window and threshold from the model config, and bound the memory."""
+        with contextlib.suppress(ValueError, OSError):  # the container has a lower limit
+            limit_memory(DECODE_MEMORY_BYTES)
         self.facts = facts_of(json.loads(args["model_config"]))
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -108,8 +112,13 @@ class TritonPythonModel:
         try:
             outputs = decoded(files, self.facts)
         except ScanDecodeError as error:
-            # Without the code it would be an INTERNAL error, HTTP 500: the server's fault.
-            refusal = pb.TritonError(f"{type(error).__name__}: {error}", pb.TritonError.INVALID_ARG)
-            return pb.InferenceResponse(output_tensors=[], error=refusal)
+            return _refusal(f"{type(error).__name__}: {error}")
+        except MemoryError:
+            return _refusal("decoding needs more memory than it may take. Export the slice again.")
         wanted = request.requested_output_names()
         return pb.InferenceResponse([pb.Tensor(name, outputs[name]) for name in wanted])
+
+
+def _refusal(message: str) -> Any:
+    # Without the code it would be an INTERNAL error, HTTP 500: the server's fault.
+    return pb.InferenceResponse([], pb.TritonError(message, pb.TritonError.INVALID_ARG))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from chestct.client import TLSOptions
 from chestct.contract import MODEL_NAME
+from chestct.limits import DECODE_MEMORY_BYTES
 
 __all__ = ["WebSettings"]
 
@@ -51,7 +52,7 @@ class WebSettings:
     max_pixels: int = 16 * 10**6
     upload_timeout_s: float = 120.0
     decode_timeout_s: float = 10.0
-    worker_memory_bytes: int = 2 * 2**30
+    worker_memory_bytes: int = DECODE_MEMORY_BYTES
     workers: int = 2
     requests_a_minute: int = 600
     burst: int = 300

@@ -96,7 +96,7 @@ def main(limits_text: str) -> None:
 def _confine(memory_bytes: int) -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    limits.limit_memory(memory_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails instead
