@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.batch_limits import limits_in_words, near_limits
 from benchmarks.engines import BASELINES, Infer, Scans, open_engine
-from benchmarks.environment import cores, environment
+from benchmarks.environment import environment
 from benchmarks.latency import interval_in_words, place_in_words
+from benchmarks.layouts import Layout, layouts_of, write_layouts
 from benchmarks.perf_analyzer import (
     STABLE_WITHIN_PERCENT,
     find_perf_analyzer,
     perf_analyzer_rows,
 )
 from benchmarks.server import answers_of, statistics_of
-from benchmarks.variants import THREADS, MeasuredConfig, Variant, find_variants, scores_of
-from chestct.batch import classify_paths, classify_sources, decode_source, new_workers
+from benchmarks.variants import MeasuredConfig, Variant, find_variants, scores_of
+from chestct.batch import classify_paths
 from chestct.client import ScanClient
 from chestct.contract import ModelFacts
-from chestct.fleet import Fleet
 from chestct.report import json_text
-from chestct.scan import Scan, list_scans, load_scan
-from chestct.sources import Source
+from chestct.scan import list_scans, load_scan
 from export.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
 from training.command import command_parser, run_command
@@ -78,6 +78,7 @@ class ThroughputConfig(MeasuredConfig):
         num_files: At most so many files, evenly spread, on the way from files to JSON lines.
         file_passes: How often each way from files to JSON lines is measured.
         batch_size: Scans in a request on that way; 8 is what `chestct classify` takes.
+        batch_seconds: Least time of a pass where that way is held against its limits.
     """
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -88,6 +89,7 @@ class ThroughputConfig(MeasuredConfig):
     num_files: int = 64
     file_passes: int = 3
     batch_size: int = 8
+    batch_seconds: float = 3.0
 
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing.
@@ -99,28 +101,11 @@ class ThroughputConfig(MeasuredConfig):
         counts = (*self.concurrency, *self.instances, self.passes, self.num_files, self.batch_size)
         if min(counts) < 1 or self.file_passes < 1 or not (self.concurrency and self.instances):
             raise ValueError("expected at least 1 for each number and in each list")
-        if self.seconds <= 0 or self.warm_up_s < 0:
-            raise ValueError(f"seconds {self.seconds}, warm_up_s {self.warm_up_s}: expected times")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a variant is served: `instances` of `threads` each, with or without dynamic batching."""
-
-    variant: str
-    instances: int
-    threads: int
-    batching: bool
-
-    @property
-    def model(self) -> str:
-        """Name of the model in the temporary repository."""
-        return f"{self.variant}_{self.instances}x{self.threads}_{self.batching_in_words}"
-
-    @property
-    def batching_in_words(self) -> str:
-        """`batching` or `single`."""
-        return "batching" if self.batching else "single"
+        if min(self.seconds, self.batch_seconds) <= 0 or self.warm_up_s < 0:
+            raise ValueError(
+                f"seconds {self.seconds}, batch_seconds {self.batch_seconds}, warm_up_s "
+                f"{self.warm_up_s}: expected times"
+            )
 
 
 @dataclass
@@ -154,44 +139,6 @@ class Cell:
             "mean_batch": round(self.scans / max(self.executions, 1), 2),
             "client_cores": round(self.client_cpu_s / sum(self.seconds), 2),
         }
-
-
-def layouts_of(variants: list[Variant], instances: tuple[int, ...]) -> list[Layout]:
-    """Every variant in every layout, with and without dynamic batching."""
-    return [
-        Layout(variant.name, count, max(1, cores() // count), batching)
-        for variant in variants
-        for count in instances
-        for batching in (True, False)
-    ]
-
-
-def write_layouts(folder: Path, variants: Mapping[str, Variant], layouts: list[Layout]) -> None:
-    """Write a repository with one model for each layout, made from the published ones.
-
-    The model files are linked, not copied; instances, threads and batching of the configs are
-    replaced. Where batching is on, the published delay is kept.
-    """
-    from google.protobuf import text_format
-
-    for layout in layouts:
-        variant = variants[layout.variant]
-        config = type(variant.config)()
-        config.CopyFrom(variant.config)
-        config.name = layout.model
-        for group in config.instance_group:
-            group.count = layout.instances
-        config.parameters[THREADS].string_value = str(layout.threads)
-        if not layout.batching:
-            config.ClearField("dynamic_batching")
-        elif not config.HasField("dynamic_batching"):
-            config.dynamic_batching.SetInParent()
-        target = folder / layout.model
-        target.mkdir(parents=True)
-        (target / "config.pbtxt").write_text(text_format.MessageToString(config))
-        version = str(config.version_policy.specific.versions[0])
-        source = variant.repository / variant.served_as / version
-        (target / version).symlink_to(source.absolute(), target_is_directory=True)
 
 
 def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[str, Any]]:
@@ -305,7 +252,11 @@ def load(
 
 
 def from_files(
-    config: ThroughputConfig, variants: list[Variant], facts: ModelFacts, grpc_url: str
+    config: ThroughputConfig,
+    variants: list[Variant],
+    facts: ModelFacts,
+    paths: list[Path],
+    grpc_url: str,
 ) -> dict[str, Any]:
     """Scans a second from files to JSON lines, for each baseline and each served variant, scored.
 
@@ -317,9 +268,6 @@ def from_files(
         ValueError: A way left out a file.
         chestct.errors.ChestCTError: The server fails.
     """
-    every = list(list_scans(config.scans))
-    step = max(1, len(every) // config.num_files)
-    paths = every[::step][: config.num_files]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         answers = {name: open_engine(name, config.model) for name in BASELINES}
@@ -347,18 +295,11 @@ def from_files(
                 lines = (folder / "lines.jsonl").read_text().splitlines()
                 if len(lines) != len(paths):
                     raise ValueError(f"{name} wrote {len(lines)} lines for {len(paths)} files")
-        limits = {}
-        for variant in variants:
-            with Fleet([grpc_url], variant.served_as) as fleet:
-                limits[variant.name] = against_limits(
-                    fleet, paths, config.batch_size, config.file_passes
-                )
     rows = [row | worth[row["way"]] for row in file_rows(seconds, len(paths))]
     return {
         "num_files": len(paths),
         "num_scored": len(labelled),
         "rows": rows,
-        "limits": limits,
     }
 
 
@@ -381,51 +322,6 @@ def _classify(client: ScanClient, batch_size: int) -> Way:
                 file.write(json_text(line))
 
     return way
-
-
-def against_limits(
-    fleet: Fleet, paths: list[Path], batch_size: int, passes: int
-) -> dict[str, float]:
-    """How near a batch comes to what decoding alone and the servers alone would allow.
-
-    All three in scans a second, medians over passes that take turns: decoding by the processes of
-    `chestct classify` without a server, the servers on scans that are decoded already, and both as
-    `classify_sources` does it, with JSON lines made. `part` is the last over the slower of the
-    first two. Where decoding and server share cores, neither has them alone in a batch.
-    """
-    sources = [Source(path) for path in paths]
-    window = fleet.facts.window
-    with new_workers(num_in_threads=0) as workers:
-
-        def decode() -> list[Any]:
-            futures = [workers.submit(decode_source, source, window) for source in sources]
-            return [each.scan.pixels for future in futures for each in future.result()[0]
-                    if isinstance(each.scan, Scan)]  # fmt: skip
-
-        pixels = decode()  # and the processes are warm
-        scans = [
-            np.stack(pixels[start : start + batch_size])
-            for start in range(0, len(pixels), batch_size)
-        ]
-
-        def serve() -> None:
-            for answer in [fleet.submit(batch) for batch in scans]:
-                answer.result()
-
-        def batch() -> None:
-            for record, _ in classify_sources(fleet, sources, workers, batch_size):
-                json_text(record)
-
-        serve()
-        seconds: dict[str, list[float]] = {"decode": [], "server": [], "batch": []}
-        for _ in range(passes):
-            for name, work in (("decode", decode), ("server", serve), ("batch", batch)):
-                started = time.perf_counter()
-                work()
-                seconds[name].append(time.perf_counter() - started)
-    rates = {name: len(pixels) / statistics.median(times) for name, times in seconds.items()}
-    part = rates["batch"] / min(rates["decode"], rates["server"])
-    return {name: round(rate, 1) for name, rate in rates.items()} | {"part": round(part, 3)}
 
 
 def file_rows(seconds: Mapping[str, list[float]], num_files: int) -> list[dict[str, Any]]:
@@ -480,10 +376,19 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
             "export.repository"
         )
     rows = under_load(config, served)
+    every = list(list_scans(config.scans))
+    paths = every[:: max(1, len(every) // config.num_files)][: config.num_files]
     names = tuple(variant.served_as for variant in served)
     with LocalTriton(config.repository, models=names) as server:
-        files = from_files(config, served, facts, server.grpc_url)
+        files = from_files(config, served, facts, paths, server.grpc_url)
         analyzed, failures = by_perf_analyzer(served, config.concurrency, server.grpc_url)
+    limits = near_limits(
+        served,
+        paths,
+        batch_size=config.batch_size,
+        passes=config.file_passes,
+        seconds=config.batch_seconds,
+    )
     worth = {row["way"]: {key: row[key] for key in SCORES} for row in files["rows"]}
     rows = [row | worth[row["variant"]] for row in rows]
     return {
@@ -496,6 +401,7 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
         "rows": rows,
         "files_method": FILES_METHOD,
         "files": files,
+        "limits": limits,
         "perf_analyzer": analyzed,
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
@@ -521,20 +427,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {way} | {row['scans_per_s']:.1f} | {row['times_faster_than_keras_predict']:.1f} x "
             f"| {row['times_faster_than_keras_compiled']:.1f} x | {accuracy} | {area} |"
         )
-    if files.get("limits"):
-        lines += [
-            "",
-            "`chestct classify` against decoding alone and the server alone, scans/s; all of them "
-            "share the cores:",
-            "",
-            "| variant | decoding | server | both | part of the slower |",
-            "|" + " --- |" * 5,
-        ]
-        lines += [
-            f"| {name} | {row['decode']:.1f} | {row['server']:.1f} | {row['batch']:.1f} "
-            f"| {row['part']:.2f} |"
-            for name, row in files["limits"].items()
-        ]
+    lines += limits_in_words(result["limits"])
     lines += ["", f"Under load: {result['method']}."]
     for variant, settings in result["served"].items():
         lines += _load_tables(variant, settings, result["rows"])

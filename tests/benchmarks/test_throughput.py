@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.environment import cores
-from benchmarks.throughput import (
-    Cell,
-    Layout,
-    ThroughputConfig,
-    file_rows,
-    layouts_of,
-    main,
-    markdown,
-    write_layouts,
-)
+from benchmarks.layouts import Layout, layouts_of, write_layouts
+from benchmarks.throughput import Cell, ThroughputConfig, file_rows, main, markdown
 from benchmarks.variants import find_variants
 from export.repository import parsed_config
 
@@ -91,7 +83,7 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
         f"scans: {published.scans}\nsplit: {published.split}\nmost_scored: 8\n"
         "variants: {int8: results/int8, compressed: nowhere}\n"
         "concurrency: [1, 4]\nseconds: 0.2\nwarm_up_s: 0.1\npasses: 1\nnum_files: 6\n"
-        "file_passes: 1\nbatch_size: 4\n"
+        "file_passes: 1\nbatch_size: 4\nbatch_seconds: 0.3\n"
     )
     output = tmp_path / "throughput.json"
     command = ["--config", str(tmp_path / "throughput.yaml"), "--output", str(output)]
@@ -115,6 +107,13 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
     scores = [row["macro_auroc"] for row in (*result["files"]["rows"], *result["rows"])]
     assert scores == [scores[0]] * 11  # `int8` is the same network here
     assert scores[0]["low"] <= scores[0]["value"] <= scores[0]["high"]
+    for row in result["limits"]:
+        assert row["variant"] == "int8"
+        each = row["decode"], row["server"]
+        allowed = min(each) if row["place"] == "apart" else 1 / (1 / each[0] + 1 / each[1])
+        assert row["bound"] == pytest.approx(allowed, abs=0.1)
+        assert 0 < row["part"] == pytest.approx(row["both"] / row["bound"], rel=0.05)
+    assert [row["place"] for row in result["limits"]] == ["together", "apart"][: cores()]
     assert result["perf_analyzer"] == []
     assert result["not_measured"].keys() == {"compressed", "perf_analyzer"}
     assert output.with_suffix(".md").read_text() == markdown(result) == capsys.readouterr().out

@@ -1,0 +1,164 @@
+"""How near `chestct classify` comes to what decoding alone and the server alone would allow."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence, Set
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.layouts import Layout, write_layouts
+from benchmarks.variants import Variant
+from chestct.batch import classify_sources, decode_source, new_workers
+from chestct.fleet import Fleet
+from chestct.report import json_text
+from chestct.scan import Scan
+from chestct.sources import Source
+from serving.local import LocalTriton
+
+TOGETHER, APART = "together", "apart"
+PLACES = {
+    TOGETHER: "decoding and server share all cores, so their times add up",
+    APART: "the server on half of the cores, decoding and all else on the others",
+}
+
+
+def near_limits(
+    variants: Sequence[Variant],
+    paths: Sequence[Path],
+    *,
+    batch_size: int,
+    passes: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """One row for each place and variant: decoding, server, both, in scans a second.
+
+    `bound` is what the first two allow: where each has cores of its own the slower one, where they
+    share them 1 / (1 / decoding + 1 / server). `part` is both over that bound.
+
+    Args:
+        variants: Served ones.
+        paths: Scan files.
+        batch_size: Scans in a request.
+        passes: How often each is measured, in turns; the figures are medians.
+        seconds: Of a pass at least, over the same files again and again: the longer, the less the
+            first batch, before which no server has work, and the last one count.
+
+    Raises:
+        chestct.errors.ChestCTError: The server fails.
+        serving.local.LocalTritonError: Triton does not start.
+    """
+    own = sorted(os.sched_getaffinity(0))
+    half = len(own) // 2
+    places = {TOGETHER: (set(own), set(own))}
+    if half:
+        places[APART] = (set(own[half:]), set(own[:half]))
+    rows = []
+    for place, (of_server, of_client) in places.items():
+        layouts = {
+            variant.name: Layout(variant.name, 1, len(of_server), batching=True)
+            for variant in variants
+        }
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_layouts(folder, {variant.name: variant for variant in variants}, layouts.values())
+            with _only_on(of_server):
+                server = stack.enter_context(LocalTriton(folder, ready_timeout_s=300))
+            stack.enter_context(_only_on(of_client))
+            for name, layout in tqdm(layouts.items(), f"batches, {place}", disable=None):
+                with Fleet([server.grpc_url], layout.model) as fleet:
+                    rates = _rates(
+                        fleet, [Source(path) for path in paths], batch_size, passes, seconds
+                    )
+                rows.append({"place": place, "variant": name} | _row(rates, place))
+    return rows
+
+
+@contextlib.contextmanager
+def _only_on(allowed: Set[int]) -> Iterator[None]:
+    """What this thread starts meanwhile, threads and processes, runs on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, allowed)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _rates(
+    fleet: Fleet, sources: list[Source], batch_size: int, passes: int, seconds: float
+) -> dict[str, float]:
+    """Scans a second of decoding, of the server, and of a batch that does both."""
+    window = fleet.facts.window
+    with new_workers(num_in_threads=0) as workers:
+
+        def decode() -> list[Any]:
+            futures = [workers.submit(decode_source, source, window) for source in sources]
+            return [each.scan.pixels for future in futures for each in future.result()[0]
+                    if isinstance(each.scan, Scan)]  # fmt: skip
+
+        def serve() -> None:
+            for answer in [fleet.submit(batch) for batch in batches]:
+                answer.result()
+
+        def batch() -> None:
+            for record, _ in classify_sources(fleet, sources, workers, batch_size):
+                json_text(record)
+
+        def seconds_of(work: Any) -> float:
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+
+        batches = _batches(decode(), batch_size)  # and the processes are warm
+        serve()
+        slower_s = max(seconds_of(decode), seconds_of(serve))
+        sources = sources * math.ceil(seconds / slower_s)
+        pixels = decode()
+        batches = _batches(pixels, batch_size)
+        times: dict[str, list[float]] = {"decode": [], "server": [], "both": []}
+        for _ in range(passes):
+            for name, work in (("decode", decode), ("server", serve), ("both", batch)):
+                times[name].append(seconds_of(work))
+    return {name: len(pixels) / statistics.median(each) for name, each in times.items()}
+
+
+def _batches(pixels: list[Any], batch_size: int) -> list[Any]:
+    starts = range(0, len(pixels), batch_size)
+    return [np.stack(pixels[start : start + batch_size]) for start in starts]
+
+
+def _row(rates: dict[str, float], place: str) -> dict[str, float]:
+    decode, server, both = rates["decode"], rates["server"], rates["both"]
+    bound = min(decode, server) if place == APART else 1 / (1 / decode + 1 / server)
+    figures = {"decode": decode, "server": server, "bound": bound, "both": both}
+    return {name: round(rate, 1) for name, rate in figures.items()} | {
+        "part": round(both / bound, 3)
+    }
+
+
+def limits_in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as lines of Markdown."""
+    lines = [
+        "",
+        "`chestct classify` against what decoding alone and the server alone allow, scans/s; "
+        + "; ".join(f"{place}: {text}" for place, text in PLACES.items())
+        + ":",
+        "",
+        "| cores | variant | decoding | server | they allow | both at once | part |",
+        "|" + " --- |" * 7,
+    ]
+    return lines + [
+        f"| {row['place']} | {row['variant']} | {row['decode']:.1f} | {row['server']:.1f} "
+        f"| {row['bound']:.1f} | {row['both']:.1f} | {row['part']:.2f} |"
+        for row in rows
+    ]
