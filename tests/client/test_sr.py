@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 
+from chestct.body import body_box
 from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.errors import ReportError
+from chestct.pictures import overlay_of
 from chestct.scan import inspect_scan
 from chestct.series import SeriesSlice, series_record
 from chestct.sources import Source
@@ -26,7 +28,6 @@ from chestct.sr import (
     DicomReports,
     SourceSlice,
     classify_series,
-    overlay_of,
     secondary_capture,
     structured_report,
 )
@@ -315,14 +316,15 @@ def test_overlay_colours_the_place_of_the_evidence_and_nothing_else():
     grey[28:252, 28:252] = np.random.default_rng(0).integers(60, 200, (224, 224))
     evidence = np.zeros((14, 14, 2), np.float32)
     evidence[3, 10, 1] = 4.0  # rows first: high up, far right
-    shown = overlay_of(grey, evidence, 1).astype(int)
+    box = body_box(grey)
+    shown = overlay_of(grey, evidence, 1, box).astype(int)
     coloured = shown[..., 0] - shown[..., 2]
     rows, columns = np.nonzero(coloured > 10)
     assert abs(rows.mean() - (28 + 16 * 3.5)) < 8
     assert abs(columns.mean() - (28 + 16 * 10.5)) < 8
     assert (shown[coloured == 0] == grey[coloured == 0][:, None]).all()
     # What holds for all classes alike says nothing for one of them.
-    np.testing.assert_array_equal(overlay_of(grey, evidence + 7, 1), shown)
+    np.testing.assert_array_equal(overlay_of(grey, evidence + 7, 1, box), shown)
 
 
 def test_output_of_a_batch_writes_both_files_and_again_the_same(series, slices, files, tmp_path):

@@ -19,7 +19,7 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.outputs import Item, Record
 from chestct.report import plain_text
 
-__all__ = ["HtmlReport", "OverlayPngs", "overlay_picture"]
+__all__ = ["HtmlReport", "OverlayPngs", "overlay_of"]
 
 OPACITY = 0.6  # of the strongest evidence
 MOST_SHOWN = 500  # scans on a page: some 10 MB, which a browser still opens
@@ -31,33 +31,40 @@ STYLE = (
 )
 
 
-def overlay_picture(
-    pixels: npt.NDArray[np.uint8], evidence: npt.NDArray[np.float32]
-) -> Image.Image:
-    """A slice with the evidence for one class over it, from clear over red to yellow.
+def overlay_of(
+    grey: npt.NDArray[np.uint8],
+    activation_map: npt.NDArray[np.float32],
+    class_index: int,
+    box: tuple[int, int, int, int] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """A slice with the evidence for a class over it, from clear over red to yellow.
 
-    Only evidence for the class is shown, as a part of the strongest: colours of two slices cannot
-    be compared.
+    The evidence is that for the class minus the mean over all classes, which is all of it that
+    the probabilities depend on (softmax ignores what classes have in common). What speaks
+    against the class is not coloured; the strongest place is yellow, so colours of two slices
+    cannot be compared.
 
     Args:
-        pixels: uint8 (224, 224, 1), as the network saw the slice.
-        evidence: float32 (14, 14), the class's column of the activation map.
+        grey: uint8 (H, W), 0 = floor of the window.
+        activation_map: float32 (14, 14, C).
+        class_index: Which of the C classes.
+        box: Top, bottom, left and right of what the network saw, `chestct.body.body_box`; None
+            where that is the whole picture.
 
     Returns:
-        RGB, 224 x 224.
+        uint8 (H, W, 3), RGB.
     """
-    positive = np.maximum(evidence, 0)
-    part = positive / max(float(positive.max()), 1e-12)
-    size = (pixels.shape[1], pixels.shape[0])
-    heat = np.asarray(
-        Image.fromarray(part.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    )
-    heat = np.clip(heat, 0, 1)[:, :, np.newaxis]
-    colour = 255 * np.concatenate(
-        [np.minimum(2 * heat, 1), np.maximum(2 * heat - 1, 0), 0 * heat], 2
-    )
-    alpha = OPACITY * heat
-    return Image.fromarray(np.rint((1 - alpha) * pixels + alpha * colour).astype(np.uint8))
+    evidence = activation_map[..., class_index] - activation_map.mean(axis=-1)
+    heat = np.clip(evidence / max(float(evidence.max()), 1e-6), 0, 1).astype(np.float32)
+    top, bottom, left, right = box or (0, grey.shape[0], 0, grey.shape[1])
+    stretched = Image.fromarray(heat).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    spread = np.zeros((*grey.shape, 1), np.float32)
+    spread[top:bottom, left:right, 0] = np.clip(np.asarray(stretched), 0, 1)
+    colour = 255 * np.concatenate([np.ones_like(spread), spread, 0 * spread], axis=2)
+    opacity = OPACITY * spread
+    mixed = (1 - opacity) * grey[:, :, np.newaxis] + opacity * colour
+    picture: npt.NDArray[np.uint8] = np.rint(mixed).astype(np.uint8)
+    return picture
 
 
 class OverlayPngs:
@@ -91,9 +98,9 @@ class OverlayPngs:
         path = self.path_of(record["path"])
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        column = self._labels.index(record["label"])
-        picture = overlay_picture(item.pixels, item.activation_map[:, :, column])
-        picture.save(unfinished, "PNG")
+        index = self._labels.index(record["label"])
+        picture = overlay_of(item.pixels[:, :, 0], item.activation_map, index)
+        Image.fromarray(picture).save(unfinished, "PNG")
         unfinished.replace(path)
 
     def path_of(self, name: str) -> Path:
@@ -192,8 +199,9 @@ def _thumbnails(record: Record, item: Item, labels: Sequence[str]) -> str:
         return ""
     pictures = [Image.fromarray(item.pixels[:, :, 0])]
     if item.activation_map is not None:
-        column = list(labels).index(record["label"])
-        pictures.append(overlay_picture(item.pixels, item.activation_map[:, :, column]))
+        index = list(labels).index(record["label"])
+        overlay = overlay_of(item.pixels[:, :, 0], item.activation_map, index)
+        pictures.append(Image.fromarray(overlay))
     return "".join(map(_image_tag, pictures))
 
 

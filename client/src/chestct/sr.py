@@ -29,6 +29,7 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE, Window
 from chestct.dicom import SliceFacts
 from chestct.errors import OutOfDomainError, ReportError, ScanDecodeError
 from chestct.fleet import Fleet
+from chestct.pictures import overlay_of
 from chestct.scan import inspect_scans, load_grey
 from chestct.series import SeriesSlice, series_record
 from chestct.silence import without_warnings
@@ -43,7 +44,6 @@ __all__ = [
     "DicomReports",
     "SourceSlice",
     "classify_series",
-    "overlay_of",
     "secondary_capture",
     "structured_report",
 ]
@@ -63,7 +63,6 @@ YES, NO = ("373066001", "Yes"), ("373067005", "No")
 NAMESPACE = uuid.UUID("6d0a5ea0-5d2e-5b35-9d3c-5f1a6f0b7c11")
 FIRST_SERIES_NUMBER = 9000  # far behind those of scanners, in the order of the sources
 DESCRIPTION = "chestct: research use only, not a medical device"
-HEAT_OPACITY = 0.55
 
 CARRIED_TO_CAPTURE = (
     "BurnedInAnnotation",
@@ -322,7 +321,7 @@ def secondary_capture(
     Args:
         series: As for `structured_report`, with a slice in domain.
         slices: The slices that it was made from.
-        picture: uint8 (H, W, 3), RGB: what `overlay_of` gives for the slice with most evidence.
+        picture: uint8 (H, W, 3), RGB: the overlay of the slice with most evidence.
 
     Raises:
         ReportError: As for `structured_report`.
@@ -378,38 +377,6 @@ def secondary_capture(
         if header.get(keyword):
             setattr(capture, keyword, header[keyword].value)
     return capture
-
-
-def overlay_of(
-    grey: npt.NDArray[np.uint8], activation_map: npt.NDArray[np.float32], class_index: int
-) -> npt.NDArray[np.uint8]:
-    """A slice in its own size with the evidence for a class in colour over it.
-
-    The evidence is that for the class minus the mean over all classes, which is all of it that
-    the probabilities depend on (softmax ignores what classes have in common). What speaks
-    against the class is not coloured; the strongest place is yellow.
-
-    Args:
-        grey: uint8 (H, W), 0 = floor of the window, neither cropped nor resized.
-        activation_map: float32 (14, 14, C), over `chestct.body.body_box` of the slice.
-        class_index: Which of the C classes.
-
-    Returns:
-        uint8 (H, W, 3), RGB.
-    """
-    evidence = activation_map[..., class_index] - activation_map.mean(axis=-1)
-    heat = np.clip(evidence / max(float(evidence.max()), 1e-6), 0, 1).astype(np.float32)
-    top, bottom, left, right = body_box(grey)
-    size = (right - left, bottom - top)
-    spread = np.zeros(grey.shape, np.float32)
-    stretched = Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR)
-    spread[top:bottom, left:right] = np.asarray(stretched)
-    opacity = (HEAT_OPACITY * spread)[..., np.newaxis]
-    colour = np.stack([np.full_like(spread, 255), 255 * spread, np.zeros_like(spread)], axis=-1)
-    mixed: npt.NDArray[np.uint8] = np.round(
-        (1 - opacity) * grey[..., np.newaxis] + opacity * colour
-    ).astype(np.uint8)
-    return mixed
 
 
 def _labelled(picture: npt.NDArray[np.uint8], series: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
@@ -592,7 +559,8 @@ def _picture(
     evidence: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.uint8]:
     class_index = list(series["probabilities"]).index(series["label"])
-    return overlay_of(load_grey(source, window, frame=frame), evidence, class_index)
+    grey = load_grey(source, window, frame=frame)
+    return overlay_of(grey, evidence, class_index, body_box(grey))
 
 
 def _file_bytes(dataset: Dataset) -> bytes:
