@@ -17,10 +17,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 
 from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
-from chestct.scan import apply_window, inspect_scan, load_scan
+from chestct.scan import apply_window, decode_scan, inspect_scan, load_scan
 
 from .conftest import (
     CARD,
@@ -96,10 +97,17 @@ def pixels(raster):
     return found[..., 0] if shape[2] == 1 else found
 
 
-def test_view_holds_what_the_network_saw_and_the_original(page, small_triton, files):
-    (line,) = classify(page, ("chest.dcm", files["chest.dcm"].read_bytes()), query="?images=512")
+@pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
+def test_view_holds_what_the_network_saw_and_the_original(
+    page, small_triton, files, interpretation
+):
+    dataset = dcmread(files["chest.dcm"])
+    dataset.PhotometricInterpretation = interpretation
+    data = io.BytesIO()
+    dataset.save_as(data)
+    (line,) = classify(page, ("chest.dcm", data.getvalue()), query="?images=512")
     view = line["view"]
-    seen = load_scan(files["chest.dcm"])
+    seen = decode_scan(data.getvalue(), "chest.dcm")
     np.testing.assert_array_equal(pixels(view["network"]), seen[..., 0])
     hu = pixels(view["original"])
     assert (hu.dtype, hu.shape) == (np.int16, (256, 256))
@@ -107,7 +115,11 @@ def test_view_holds_what_the_network_saw_and_the_original(page, small_triton, fi
     assert hu.max() > 300
     top, left, bottom, right = (view["box"][k] for k in ("top", "left", "bottom", "right"))
     box = [round(256 * part) for part in (left, top, right, bottom)]
-    shown = Image.fromarray(apply_window(hu, LUNG_WINDOW)).resize((224, 224), 2, box)
+    grey = apply_window(hu, LUNG_WINDOW)
+    assert view["inverted"] is (interpretation == "MONOCHROME1")
+    if view["inverted"]:
+        grey = 255 - grey
+    shown = Image.fromarray(grey).resize((224, 224), 2, box)
     np.testing.assert_array_equal(np.asarray(shown), seen[..., 0])
     with ScanClient(small_triton.grpc_url) as client:
         maps = client.classify(seen[None]).activation_map[0]

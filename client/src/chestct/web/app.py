@@ -313,6 +313,7 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> dict[st
             "kind": picture.pixels.dtype.name,
             "data": base64.b64encode(picture.pixels.tobytes()).decode(),
         },
+        "inverted": picture.is_inverted,
         "size": {"height": picture.size[0], "width": picture.size[1]},
         "box": dict(zip(("top", "left", "bottom", "right"), picture.box, strict=True)),
         "activation_map": evidence,

@@ -43,11 +43,13 @@ class Picture:
             longer side is at most what was asked for.
         box: What of it the network saw: top, left, bottom and right as parts of height and width.
         size: Height and width of the file's own picture.
+        is_inverted: Whether low values are bright.
     """
 
     pixels: npt.NDArray[Any]
     box: tuple[float, float, float, float]
     size: tuple[int, int]
+    is_inverted: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def _decoded(header: dict[str, Any], blobs: list[bytes]) -> Decoded:
             np.frombuffer(blobs[1], dtype).reshape(shape),
             (top, left, bottom, right),
             (height, width),
+            bool(header["inverted"]),
         )
     position = header.get("position_mm")
     return Decoded(

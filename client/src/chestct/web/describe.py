@@ -78,13 +78,15 @@ class Box(_Body):
 class View(_Body):
     """Only with `images`: what is needed to show the slice.
 
-    `network` is the very input of the network. `activation_map` holds, for each label, class
-    evidence at 14 x 14 places over `box`; its mean is the logit before temperature. Slices with the
-    same `series` belong together; it is another word after a restart, and no UID.
+    `network` is the very input of the network. Where `inverted`, low values of `original` are
+    bright (MONOCHROME1). `activation_map` holds, for each label, class evidence at 14 x 14 places
+    over `box`; its mean is the logit before temperature. Slices with the same `series` belong
+    together; it is another word after a restart, and no UID.
     """
 
     network: Raster
     original: Raster
+    inverted: bool
     size: Size
     box: Box
     activation_map: dict[str, list[list[float]]]

@@ -150,11 +150,11 @@ def _file_messages(
                 blobs = [found.scan.pixels.tobytes()]
                 if task["side"]:
                     frame = max(facts.frame - 1, 0) if facts else 0
-                    shown, box = _original(sent.data, found.name, frame, window)
+                    shown, box, is_inverted = _original(sent.data, found.name, frame, window)
                     size = shown.shape[:2]
                     small = _reduced(shown, task["side"])
                     header |= {"shape": small.shape, "dtype": small.dtype.str}
-                    header |= {"size": size, "box": box}
+                    header |= {"size": size, "box": box, "inverted": is_inverted}
                     blobs.append(small.tobytes())
                 yield header, blobs
             start = time.perf_counter()
@@ -235,28 +235,30 @@ def _may_be_scan(info: zipfile.ZipInfo) -> bool:
 
 def _original(
     data: bytes, name: str, frame: int, window: Window
-) -> tuple[npt.NDArray[Any], tuple[float, ...]]:
-    """The slice for the eye, and what of it the network saw as parts of height and width.
+) -> tuple[npt.NDArray[Any], tuple[float, ...], bool]:
+    """The slice for the eye, what of it the network saw, and whether low values are bright in it.
 
     Returns:
-        int16 (H, W) in Hounsfield units, or uint8 (H, W), or (H, W, 3) of a coloured picture.
+        int16 (H, W) in Hounsfield units, or uint8 (H, W), or (H, W, 3) of a coloured picture; top,
+        left, bottom and right as parts of height and width; and whether it is MONOCHROME1.
     """
     with without_warnings:
         if not is_dicom(data):
             picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
-            return _picture_original(picture)
+            return *_picture_original(picture), False
         dataset = read_dicom(data, name)
         attributes = slice_attributes(dataset, frame)
         stored = stored_values(dataset, frame, name)
         hu = hu_from_stored(stored, attributes, name)
         grey = apply_window(hu, window)
-        if attributes.PhotometricInterpretation == "MONOCHROME1":
+        is_inverted = attributes.PhotometricInterpretation == "MONOCHROME1"
+        if is_inverted:
             grey = 255 - grey
         padding = is_padding(stored, attributes)
         if padding is not None:
             grey[padding] = 0
         shown: Any = np.clip(np.rint(hu), INT16.min, INT16.max).astype(np.int16)
-        return upright(shown, attributes), _box(upright(grey, attributes))
+        return upright(shown, attributes), _box(upright(grey, attributes)), is_inverted
 
 
 def _picture_original(picture: Image.Image) -> tuple[npt.NDArray[Any], tuple[float, ...]]:

@@ -175,7 +175,7 @@ function take(upload, index, line) {
     item.view = {
       ...rest,
       network: { ...seen, pixels: pixelsOf(seen), data: null, box: WHOLE },
-      original: { ...whole, pixels: pixelsOf(whole), data: null, box: rest.box },
+      original: { ...whole, pixels: pixelsOf(whole), data: null, box: rest.box, inverted: rest.inverted },
     };
     delete line.view;
   }

@@ -34,7 +34,7 @@ export class Viewer {
     canvas.addEventListener("dblclick", () => this.reset());
   }
 
-  /** @param picture {width, height, channels, pixels, box}: pixels are Int16Array of HU or bytes. */
+  /** @param picture {width, height, channels, pixels, box, inverted}: pixels are Int16Array of HU or bytes. */
   show(picture) {
     this.picture = picture;
     this.#paint();
@@ -67,7 +67,7 @@ export class Viewer {
   }
 
   #paint() {
-    const { width, height, channels, pixels } = this.picture;
+    const { width, height, channels, pixels, inverted } = this.picture;
     const image = new ImageData(width, height);
     const out = new Uint32Array(image.data.buffer);
     if (channels === 3) {
@@ -79,8 +79,8 @@ export class Viewer {
       const span = Math.max(this.window.width - 1, 1e-6);
       const floor = this.window.center - 0.5 - span / 2;
       for (let i = 0; i < out.length; i++) {
-        const grey = Math.min(Math.max(((pixels[i] - floor) * 255) / span, 0), 255) + 0.5;
-        out[i] = 0xff000000 | ((grey & 255) * 0x010101);
+        const grey = (Math.min(Math.max(((pixels[i] - floor) * 255) / span, 0), 255) + 0.5) & 255;
+        out[i] = 0xff000000 | ((inverted ? 255 - grey : grey) * 0x010101);
       }
     } else {
       for (let i = 0; i < out.length; i++) out[i] = 0xff000000 | (pixels[i] * 0x010101);
