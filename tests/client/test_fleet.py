@@ -233,3 +233,22 @@ def test_like_a_client(grpc_peer: Any, scans: np.ndarray) -> None:
         predictions, infer_ms = fleet.submit(scans[:2], with_map=True).result()
         assert predictions.activation_map is not None
         assert infer_ms > 0
+
+
+def test_closing_does_not_wait_for_a_lock_that_an_interrupt_left_taken(
+    grpc_peer: Any, scans: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT between taking a lock and noting that it has to be released: its owner keeps it."""
+    monkeypatch.setattr("chestct.fleet.CLOSE_LIMIT_S", 0.5)
+    with Fleet([grpc_peer.url]) as fleet:
+        thread = fleet._thread
+        assert thread is not None
+        future = fleet.submit(scans[:2])
+        with future._condition:
+            assert not wait_until(future.done, limit_s=1.0)
+            started = time.monotonic()
+            fleet.close()
+            assert time.monotonic() - started < 30
+            assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()

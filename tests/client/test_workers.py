@@ -115,6 +115,20 @@ def test_closing_does_not_wait_for_a_call(workers: Workers) -> None:
     assert not is_alive(pid)
 
 
+def test_closing_does_not_wait_for_a_lock_that_an_interrupt_left_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SIGINT between taking a lock and noting that it has to be released: its owner keeps it."""
+    monkeypatch.setattr("chestct.workers.CLOSE_LIMIT_S", 0.5)
+    workers = Workers(1, limit_s=60, num_in_threads=1)
+    future = workers.submit(time.sleep, 0.2)
+    with future._condition:
+        started = time.monotonic()
+        workers.close()
+        assert time.monotonic() - started < 30
+        assert not future.done()
+
+
 def test_processes_end_with_a_killed_caller() -> None:
     program = (
         "import os, sys, time\n"

@@ -66,7 +66,15 @@ def entry_point() -> None:
     """The console script."""
     # gRPC's own log would stand between our lines; its reasons are in our errors already.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        # Ctrl-C can leave a lock taken (python/cpython issue 74174); a thread that waits for it
+        # would keep the interpreter from ending.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

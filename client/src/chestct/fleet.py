@@ -270,7 +270,7 @@ class Fleet:
             asyncio.run_coroutine_threadsafe(self._close(), loop).result(CLOSE_LIMIT_S)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(CLOSE_LIMIT_S)
-        if not thread.is_alive():  # one that hangs in a call of gRPC ends with the process
+        if not thread.is_alive():  # else it waits for a lock that Ctrl-C left taken
             loop.close()
         self._loop = self._thread = None
 

@@ -25,6 +25,7 @@ __all__ = ["CallTimeoutError", "WorkerCrashedError", "Workers", "serve"]
 
 START_LIMIT_S = 120.0  # of an interpreter with numpy, on a machine that is busy
 WATCH_PERIOD_S = 0.1
+CLOSE_LIMIT_S = 10.0
 _PROGRAM = "import sys; from chestct.workers import serve; serve(int(sys.argv[1]))"
 
 
@@ -111,7 +112,11 @@ class Workers:
         with self._lock:
             for process in self._processes:
                 process.kill()
-        self._threads.shutdown()
+        # Without its limit this would wait for ever for a thread that waits for a lock which Ctrl-C
+        # left taken.
+        end = threading.Thread(target=self._threads.shutdown, daemon=True)
+        end.start()
+        end.join(CLOSE_LIMIT_S)
         if self._watch is not None:
             self._watch.join()
         for process in self._processes:
