@@ -104,7 +104,7 @@ class FitConfig:
     epochs: int = 12
     patience: int = 12
     averaged_epochs: int = 6
-    batch_size: int = 16
+    batch_size: int = 8
     learning_rate: float = 5e-5
     head_regularisation: float = 0.1
     dropout: float = 0.3
