@@ -236,7 +236,16 @@ def _is_done(source: Source, known: Finished) -> bool:
 
 
 def start_decoding(source: Source, window: Window, workers: Workers) -> Future[_Decoded]:
-    """Has `decode_source` called soon, in a process of its own where the file is large."""
+    """Has `decode_source` called soon, in any case in a process where the file is large.
+
+    Args:
+        source: The file.
+        window: Window for DICOM slices.
+        workers: Pool that decodes, from `new_workers`.
+
+    Returns:
+        A future that `decoded_files` reads; it raises what `Workers.submit` says.
+    """
     is_heavy = workers.has_threads and source.num_bytes() > MAX_BYTES_IN_THREADS
     return workers.submit(decode_source, source, window, is_heavy=is_heavy)
 

@@ -235,6 +235,9 @@ def inspect_scans(
 
     Yields:
         At least one slice; one with an error for a file that cannot be read.
+
+    Raises:
+        MemoryError: Decoding needs more than the process may take, see `chestct.workers`.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     name = source.name

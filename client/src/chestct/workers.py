@@ -231,7 +231,11 @@ class _Process:
 
 
 def serve(memory_bytes: int) -> None:
-    """What a process of the pool does: answers calls until nobody asks any more."""
+    """What a process of the pool does: answers calls until nobody asks any more.
+
+    Args:
+        memory_bytes: Address space that it may take, where the system can limit it; 0 for any.
+    """
     if memory_bytes:
         with contextlib.suppress(ImportError, ValueError, OSError):
             limit_memory(memory_bytes)
