@@ -184,13 +184,13 @@ def test_int8_variant_is_gated_on_validation_scans_in_both_engines(variants, con
 
 
 def test_variant_that_fails_says_why_in_its_report(variants, config, tmp_path):
-    """The head's columns exchanged: a good network with the wrong labels."""
+    """The head's signs turned: each map is the reverse of the true one."""
     broken = tmp_path / "broken"
     shutil.copytree(variants / "int8", broken)
     model = onnx.load(broken / "model.onnx")
     head = next(i for i in model.graph.initializer if list(i.dims) == [4, 512, 1, 1])
     weights = onnx.numpy_helper.to_array(head)
-    head.CopyFrom(onnx.numpy_helper.from_array(weights[[1, 0, 3, 2]].copy(), head.name))
+    head.CopyFrom(onnx.numpy_helper.from_array(-weights, head.name))
     onnx.save(model, broken / "model.onnx")
     assert main(["--config", str(config), "--variant", str(broken)]) == 1
     report = json.loads((broken / "parity.json").read_text())
