@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.latency import interval_in_words
 from benchmarks.layouts import Layout, write_layouts
-from benchmarks.variants import Variant
+from benchmarks.variants import Variant, median_interval
 from chestct.batch import classify_sources, decode_source, new_workers
 from chestct.fleet import Fleet
 from chestct.report import json_text
@@ -43,13 +44,14 @@ def near_limits(
     """One row for each place and variant: decoding, server, both, in scans a second.
 
     `bound` is what the first two allow: where each has cores of its own the slower one, where they
-    share them 1 / (1 / decoding + 1 / server). `part` is both over that bound.
+    share them 1 / (1 / decoding + 1 / server). `part` is both over that bound, taken within each
+    turn, so that a machine that is slower for a while is so for both sides of the ratio.
 
     Args:
         variants: Served ones.
         paths: Scan files.
         batch_size: Scans in a request.
-        passes: How often each is measured, in turns; the figures are medians.
+        passes: How often each is measured, in turns; all figures are medians over turns.
         seconds: Of a pass at least, over the same files again and again: the longer, the less the
             first batch, before which no server has work, and the last one count.
 
@@ -76,10 +78,10 @@ def near_limits(
             stack.enter_context(_only_on(of_client))
             for name, layout in tqdm(layouts.items(), f"batches, {place}", disable=None):
                 with Fleet([server.grpc_url], layout.model) as fleet:
-                    rates = _rates(
+                    turns = _turns(
                         fleet, [Source(path) for path in paths], batch_size, passes, seconds
                     )
-                rows.append({"place": place, "variant": name} | _row(rates, place))
+                rows.append({"place": place, "variant": name} | _row(turns, place))
     return rows
 
 
@@ -94,10 +96,10 @@ def _only_on(allowed: Set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _rates(
+def _turns(
     fleet: Fleet, sources: list[Source], batch_size: int, passes: int, seconds: float
-) -> dict[str, float]:
-    """Scans a second of decoding, of the server, and of a batch that does both."""
+) -> list[dict[str, float]]:
+    """For each turn, scans a second of decoding, of the server, and of a batch that does both."""
     window = fleet.facts.window
     with new_workers(num_in_threads=0) as workers:
 
@@ -125,11 +127,11 @@ def _rates(
         sources = sources * math.ceil(seconds / slower_s)
         pixels = decode()
         batches = _batches(pixels, batch_size)
-        times: dict[str, list[float]] = {"decode": [], "server": [], "both": []}
-        for _ in range(passes):
-            for name, work in (("decode", decode), ("server", serve), ("both", batch)):
-                times[name].append(seconds_of(work))
-    return {name: len(pixels) / statistics.median(each) for name, each in times.items()}
+        steps = {"decode": decode, "server": serve, "both": batch}
+        return [
+            {name: len(pixels) / seconds_of(work) for name, work in steps.items()}
+            for _ in range(passes)
+        ]
 
 
 def _batches(pixels: list[Any], batch_size: int) -> list[Any]:
@@ -137,13 +139,17 @@ def _batches(pixels: list[Any], batch_size: int) -> list[Any]:
     return [np.stack(pixels[start : start + batch_size]) for start in starts]
 
 
-def _row(rates: dict[str, float], place: str) -> dict[str, float]:
-    decode, server, both = rates["decode"], rates["server"], rates["both"]
-    bound = min(decode, server) if place == APART else 1 / (1 / decode + 1 / server)
-    figures = {"decode": decode, "server": server, "bound": bound, "both": both}
-    return {name: round(rate, 1) for name, rate in figures.items()} | {
-        "part": round(both / bound, 3)
-    }
+def _row(turns: Sequence[dict[str, float]], place: str) -> dict[str, Any]:
+    bounds = [
+        min(turn["decode"], turn["server"])
+        if place == APART
+        else 1 / (1 / turn["decode"] + 1 / turn["server"])
+        for turn in turns
+    ]
+    rates = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    rates["bound"] = statistics.median(bounds)
+    parts = [turn["both"] / bound for turn, bound in zip(turns, bounds, strict=True)]
+    return {name: round(rate, 1) for name, rate in rates.items()} | {"part": median_interval(parts)}
 
 
 def limits_in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -159,6 +165,6 @@ def limits_in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     return lines + [
         f"| {row['place']} | {row['variant']} | {row['decode']:.1f} | {row['server']:.1f} "
-        f"| {row['bound']:.1f} | {row['both']:.1f} | {row['part']:.2f} |"
+        f"| {row['bound']:.1f} | {row['both']:.1f} | {interval_in_words(row['part'])} |"
         for row in rows
     ]

@@ -79,6 +79,7 @@ class ThroughputConfig(MeasuredConfig):
         file_passes: How often each way from files to JSON lines is measured.
         batch_size: Scans in a request on that way; 8 is what `chestct classify` takes.
         batch_seconds: Least time of a pass where that way is held against its limits.
+        batch_passes: How many of these passes.
     """
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -90,6 +91,7 @@ class ThroughputConfig(MeasuredConfig):
     file_passes: int = 3
     batch_size: int = 8
     batch_seconds: float = 3.0
+    batch_passes: int = 5
 
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing.
@@ -98,8 +100,9 @@ class ThroughputConfig(MeasuredConfig):
             ValueError: A number below 1, no concurrency or layout, or a time that is none.
         """
         super().__post_init__()
-        counts = (*self.concurrency, *self.instances, self.passes, self.num_files, self.batch_size)
-        if min(counts) < 1 or self.file_passes < 1 or not (self.concurrency and self.instances):
+        passes = (self.passes, self.file_passes, self.batch_passes)
+        counts = (*self.concurrency, *self.instances, *passes, self.num_files, self.batch_size)
+        if min(counts) < 1 or not (self.concurrency and self.instances):
             raise ValueError("expected at least 1 for each number and in each list")
         if min(self.seconds, self.batch_seconds) <= 0 or self.warm_up_s < 0:
             raise ValueError(
@@ -386,7 +389,7 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
         served,
         paths,
         batch_size=config.batch_size,
-        passes=config.file_passes,
+        passes=config.batch_passes,
         seconds=config.batch_seconds,
     )
     worth = {row["way"]: {key: row[key] for key in SCORES} for row in files["rows"]}

@@ -67,7 +67,14 @@ def test_layouts_differ_from_the_published_model_in_what_is_measured_alone(publi
 
 
 @pytest.mark.parametrize(
-    "settings", [{"concurrency": ()}, {"instances": (0,)}, {"seconds": 0.0}, {"file_passes": 0}]
+    "settings",
+    [
+        {"concurrency": ()},
+        {"instances": (0,)},
+        {"seconds": 0.0},
+        {"file_passes": 0},
+        {"batch_passes": 0},
+    ],
 )
 def test_settings_that_measure_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
@@ -83,7 +90,7 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
         f"scans: {published.scans}\nsplit: {published.split}\nmost_scored: 8\n"
         "variants: {int8: results/int8, compressed: nowhere}\n"
         "concurrency: [1, 4]\nseconds: 0.2\nwarm_up_s: 0.1\npasses: 1\nnum_files: 6\n"
-        "file_passes: 1\nbatch_size: 4\nbatch_seconds: 0.3\n"
+        "file_passes: 1\nbatch_size: 4\nbatch_seconds: 0.3\nbatch_passes: 1\n"
     )
     output = tmp_path / "throughput.json"
     command = ["--config", str(tmp_path / "throughput.yaml"), "--output", str(output)]
@@ -112,7 +119,7 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
         each = row["decode"], row["server"]
         allowed = min(each) if row["place"] == "apart" else 1 / (1 / each[0] + 1 / each[1])
         assert row["bound"] == pytest.approx(allowed, abs=0.1)
-        assert 0 < row["part"] == pytest.approx(row["both"] / row["bound"], rel=0.05)
+        assert 0 < row["part"]["value"] == pytest.approx(row["both"] / row["bound"], rel=0.05)
     assert [row["place"] for row in result["limits"]] == ["together", "apart"][: cores()]
     assert result["perf_analyzer"] == []
     assert result["not_measured"].keys() == {"compressed", "perf_analyzer"}
