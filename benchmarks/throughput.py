@@ -90,7 +90,7 @@ class ThroughputConfig(MeasuredConfig):
     num_files: int = 64
     file_passes: int = 3
     batch_size: int = 8
-    batch_seconds: float = 3.0
+    batch_seconds: float = 8.0
     batch_passes: int = 5
 
     def __post_init__(self) -> None:

@@ -93,9 +93,9 @@ def test_time_is_bounded_and_every_subject_has_the_same_rounds():
     config = LatencyConfig(rounds={1: 1000}, limit_s=0.2)
     timings = _run_rounds(config, subjects, 1, np.zeros((4, 224, 224, 1), np.uint8), "")
     assert 2 <= len(timings[0].rounds) == len(timings[1].rounds) < 1000
-    assert {len(turn) for turn in timings[0].rounds} == {5}
-    # Two to find the repeats, then in each turn an untimed one and five timed ones.
-    assert calls.count("a") == 2 + 6 * len(timings[0].rounds)
+    assert {len(turn) for turn in timings[0].rounds} == {12}
+    # Two to find the repeats, then in each turn twelve untimed and twelve timed ones.
+    assert calls.count("a") == 2 + 24 * len(timings[0].rounds)
 
 
 @pytest.mark.parametrize("rounds", [{0: 3}, {1: 0}, {"a": 1}])
