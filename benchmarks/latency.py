@@ -54,8 +54,8 @@ FILE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # DICOM files nee
 PROTOCOLS = ("triton_grpc", "triton_http", "triton_grpc_shm")
 METHOD = (
     "interleaved rounds in random order; a turn is one to twelve untimed requests, the faster the "
-    "more, and then as many timed ones; times are of one request; Triton's share is the median over "
-    "rounds of the difference to the same engine in-process in the same round"
+    "more, and then as many timed ones; times are of one request; Triton's share is the median "
+    "over rounds of the difference to the same engine in-process in the same round"
 )
 
 
