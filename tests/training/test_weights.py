@@ -8,7 +8,25 @@ import training.weights
 from training.model import build_classifier, convolution_names
 from training.weights import load_backbone_weights
 
-BRAIN_MRI_SHA256 = "d9a27cc1fc7f975ef8cff49180e794ccd7c4bc868ebb49740803b3bbaa8dbefd"
+# Over all kernels and biases; the download of Keras is held against it where it can be had.
+IMAGENET_SHA256 = "d9a27cc1fc7f975ef8cff49180e794ccd7c4bc868ebb49740803b3bbaa8dbefd"
+# Values of the ImageNet weights as their users have printed them: kernel[0, 0, 0, 0] and bias[0]
+# (of the first layer in Keras' file; Oxford's, in RGB, begins with 0.4800154).
+PUBLISHED = {
+    "block1_conv1": (0.42947057, 0.73429835),
+    "block1_conv2": (0.16621928, -0.30912212),
+    "block2_conv1": (-0.008902963, -0.04577766),
+    "block2_conv2": (-0.0023012366, -0.06418542),
+    "block3_conv1": (0.002486315, -0.074358866),
+    "block3_conv2": (-0.0103266295, 0.019675018),
+    "block3_conv3": (0.0024918285, 0.035415243),
+    "block4_conv1": (-0.012453815, 0.013485669),
+    "block4_conv2": (0.007116542, 0.023680462),
+    "block4_conv3": (-0.0041355654, 0.03757768),
+    "block5_conv1": (-0.0006068934, 0.09722325),
+    "block5_conv2": (-0.0011261065, 0.21327873),
+    "block5_conv3": (0.00040788297, 0.18837857),
+}
 
 
 @pytest.fixture
@@ -25,7 +43,25 @@ def test_names_are_the_convolutions_of_vgg16(model):
 def test_brain_mri_kernels_come_from_the_pinned_wheel(model):
     record = load_backbone_weights(model, "brain-mri")
     assert record.source == "brain-mri"
-    assert record.sha256 == BRAIN_MRI_SHA256
+    assert record.sha256 == IMAGENET_SHA256
+
+
+def test_brain_mri_kernels_are_those_of_imagenet(model):
+    """A layer that had been trained would have moved, if only in the last digit."""
+    load_backbone_weights(model, "brain-mri")
+    assert list(PUBLISHED) == convolution_names()
+    for name, (kernel, bias) in PUBLISHED.items():
+        weights = model.get_layer(name).get_weights()
+        assert weights[0][0, 0, 0, 0] == np.float32(kernel), name
+        assert weights[1][0] == np.float32(bias), name
+
+
+def test_download_of_keras_holds_the_same_numbers(model):
+    try:
+        record = load_backbone_weights(model, "imagenet")
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert record.sha256 == IMAGENET_SHA256
 
 
 def test_kernels_are_turned_from_onnx_to_keras(model):
@@ -62,7 +98,7 @@ def test_auto_falls_back_loudly_where_imagenet_is_refused(model, monkeypatch, tm
     monkeypatch.setattr(keras.src.utils.file_utils.config, "keras_home", lambda: str(tmp_path))
     record = load_backbone_weights(model, "auto")
     assert (record.asked, record.source) == ("auto", "brain-mri")
-    assert "BRAIN-MRI WEIGHTS INSTEAD OF IMAGENET" in caplog.text
+    assert "(brain-mri) INSTEAD OF KERAS' DOWNLOAD" in caplog.text
 
 
 def test_imagenet_refused_is_an_error_with_a_remedy(model, monkeypatch, tmp_path):

@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageOps
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
@@ -38,70 +35,26 @@ CARD = {
 FACTS = ModelFacts(
     LABELS, LUNG_WINDOW, 1.0, 1e3, "run-7", "ab" * 32, "fp32", json.dumps(CARD)
 )  # fmt: skip
-CONFIG = """
-name: "chestct"
-backend: "onnxruntime"
-max_batch_size: 8
-input [{ name: "scan" data_type: TYPE_UINT8 dims: [224, 224, 1] }]
-output [
-  { name: "probabilities" data_type: TYPE_FP32 dims: [4] },
-  { name: "activation_map" data_type: TYPE_FP32 dims: [14, 14, 4] },
-  { name: "domain_distance" data_type: TYPE_FP32 dims: [1] }
-]
-instance_group [{ kind: KIND_CPU count: 1 }]
-dynamic_batching { }
-"""
 
 
-def small_model() -> onnx.ModelProto:
-    """Block means of the scan times a kernel; the distance is the mean grey, so it tells scans."""
-    kernel = np.random.default_rng(0).normal(0, 0.08, (1, 4)).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["scan"], ["grey"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["grey"], ["channels_first"], perm=[0, 3, 1, 2]),
-        helper.make_node(
-            "AveragePool", ["channels_first"], ["means"], kernel_shape=[16, 16], strides=[16, 16]
-        ),
-        helper.make_node("Transpose", ["means"], ["places"], perm=[0, 2, 3, 1]),
-        helper.make_node("MatMul", ["places", "kernel"], ["activation_map"]),
-        helper.make_node("ReduceMean", ["activation_map", "place_axes"], ["logits"], keepdims=0),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
-        helper.make_node("ReduceMean", ["places", "place_axes"], ["domain_distance"], keepdims=0),
-    ]
-    outputs = {"probabilities": [4], "activation_map": [14, 14, 4], "domain_distance": [1]}
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("scan", TensorProto.UINT8, ["N", 224, 224, 1])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *dims])
-            for name, dims in outputs.items()
-        ],
-        [
-            numpy_helper.from_array(kernel, "kernel"),
-            numpy_helper.from_array(np.array([1, 2]), "place_axes"),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-def write_repository(folder: Path, facts: ModelFacts = FACTS, without: str = "") -> Path:
+def write_repository(
+    write_model: Callable[..., Path], folder: Path, facts: ModelFacts = FACTS, without: str = ""
+) -> Path:
     """A model repository; `without` names a parameter that is left out."""
-    path = folder / "chestct" / "1" / "model.onnx"
-    path.parent.mkdir(parents=True)
-    onnx.save(small_model(), path)
     parameters = "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
         for key, value in facts.to_parameters().items()
         if key != without
     )
-    (folder / "chestct" / "config.pbtxt").write_text(CONFIG + parameters)
+    write_model(folder, "chestct", parameters + "dynamic_batching { }", num_labels=len(LABELS))
     return folder
 
 
 @pytest.fixture(scope="session")
-def small_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("web") / "repository")
+def small_repository(
+    tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]
+) -> Path:
+    return write_repository(write_model, tmp_path_factory.mktemp("web") / "repository")
 
 
 @pytest.fixture(scope="session")

@@ -286,7 +286,7 @@ def test_first_view_is_small(page, open_page):
 
 
 def test_server_that_goes_and_comes_back_is_waited_for(
-    small_repository, triton_environment, open_page, files, tmp_path
+    small_repository, write_model, triton_environment, open_page, files, tmp_path
 ):
     """Down, then another contract, then right again at the same address."""
     with LocalTriton(small_repository, environment=triton_environment, exit_timeout_s=5) as triton:
@@ -303,7 +303,7 @@ def test_server_that_goes_and_comes_back_is_waited_for(
             tab.locator("#trouble").wait_for()
             assert "does not answer" in tab.locator("#trouble").inner_text()
             assert "waiting" in tab.locator("#rows tr").nth(1).inner_text()
-            wrong = write_repository(tmp_path / "wrong", without="training_run")
+            wrong = write_repository(write_model, tmp_path / "wrong", without="training_run")
             with LocalTriton(
                 wrong, environment=triton_environment, grpc_port=port, exit_timeout_s=5
             ):
