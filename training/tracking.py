@@ -167,7 +167,7 @@ def tagged_runs(tags: Mapping[str, str]) -> Iterator[None]:
 def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
     """An MLflow run that ends FINISHED, FAILED after an error, or KILLED after Ctrl-C.
 
-    Its tag `git_commit` is that of the checkout when the run began.
+    A run that was FINISHED stays so, whatever fails while more is added to it. Its tag `git_commit` is that of the checkout when the run began.
 
     Args:
         name: Name of a new run.
@@ -180,9 +180,10 @@ def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
         from mlflow.exceptions import MlflowException
 
         mlflow.set_experiment(EXPERIMENT)
+        finished = False
         if run_id is not None:
             try:
-                mlflow.get_run(run_id)
+                finished = mlflow.get_run(run_id).info.status == "FINISHED"
             except MlflowException as error:
                 if error.get_http_status_code() >= 500:
                     raise
@@ -199,7 +200,7 @@ def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
             status = "KILLED"
             raise
         finally:
-            mlflow.end_run(status)
+            mlflow.end_run("FINISHED" if finished else status)
 
 
 def git_commit() -> str:

@@ -64,6 +64,16 @@ def test_killed_run_goes_on():
     assert status(first.run_id) == "FINISHED"
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_finished_run_stays_finished_when_more_cannot_be_added(error):
+    with tracked_run("trained") as run:
+        pass
+    with pytest.raises(error), tracked_run("card", run.run_id):
+        raise error
+    assert status(run.run_id) == "FINISHED"
+    assert mlflow.active_run() is None
+
+
 def test_unknown_run_begins_anew():
     with tracked_run("new", "0" * 32) as run:
         assert run.run_id != "0" * 32
