@@ -167,7 +167,8 @@ def tagged_runs(tags: Mapping[str, str]) -> Iterator[None]:
 def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
     """An MLflow run that ends FINISHED, FAILED after an error, or KILLED after Ctrl-C.
 
-    A run that was FINISHED stays so, whatever fails while more is added to it. Its tag `git_commit` is that of the checkout when the run began.
+    A run that was FINISHED stays so, whatever fails while more is added to it. Its tag
+    `git_commit` is that of the checkout when the run began.
 
     Args:
         name: Name of a new run.
