@@ -4,14 +4,15 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# The server's wheel exists for Python 3.11 and 3.12 with numpy < 2, so the project keeps to these.
-PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell \
-	$(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print("$(p)")' 2>/dev/null)))
-# onnxruntime-gpu, CUDA and TensorRT where an NVIDIA driver answers.
-DEVICE := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-PIP := -m pip install --quiet --disable-pip-version-check --no-input
-LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+# The CPU, on a machine with a GPU too; DEVICE=gpu asks for CUDA and TensorRT.
+DEVICE ?= cpu
+export DEVICE PYTHON
+ifeq ($(DEVICE),cpu)
+export CUDA_VISIBLE_DEVICES := -1
+endif
+LOCK = .tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --no-annotate
+EXTRAS := --extra client --extra train --extra export --extra bench --extra deploy
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
@@ -22,22 +23,12 @@ help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: environments
-environments: .venv/.installed .venv-triton/.installed  ## Build the two Python environments
+environments:  ## Build the Python environments; again after a lock changed or the folder moved
+	@locks/install.sh main triton
 
-.venv/.installed: locks/$(DEVICE).txt client/pyproject.toml
-	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed; name one with make PYTHON=/path/to/python3.12))
-	@echo "building .venv for $(DEVICE): TensorFlow, MLflow, DVC and the rest, one to five minutes" >&2
-	@$(PYTHON) -m venv .venv
-	@.venv/bin/python $(PIP) --require-hashes -r locks/$(DEVICE).txt
-	@.venv/bin/python $(PIP) --no-deps --no-build-isolation -e ./client
-	@touch $@
-
-.venv-triton/.installed: serving/requirements.txt
-	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed; name one with make PYTHON=/path/to/python3.12))
-	@echo "building .venv-triton: the Triton server, half a minute" >&2
-	@$(PYTHON) -m venv .venv-triton
-	@.venv-triton/bin/python $(PIP) --no-deps --require-hashes -r serving/requirements.txt
-	@touch $@
+.PHONY: test-environments
+test-environments:  ## The same with what the tests and linters add
+	@locks/install.sh main test triton
 
 .PHONY: demo
 demo:  ## Phantom scans, training, export, a real Triton, classification, latency table
@@ -63,15 +54,15 @@ compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say
 		$(if $(PROTOCOL),--protocol $(PROTOCOL)) $(if $(METRIC),--metric $(METRIC))
 
 .PHONY: test
-test: environments  ## The whole test suite
+test: test-environments  ## The whole test suite
 	@python -m pytest
 
 .PHONY: fuzz
-fuzz: environments  ## Damage scan files for FOR_S (600) seconds: decoding must not break
+fuzz: test-environments  ## Damage scan files for FOR_S (600) seconds: decoding must not break
 	@PYTHONPATH=client/src python tests/client/fuzz_scan.py $(or $(FOR_S),600) .cache/fuzz
 
 .PHONY: check
-check: environments  ## Linters and types
+check: test-environments  ## Linters and types
 	@ruff check .
 	@ruff format --check .
 	@mypy client/src training export benchmarks serving deploy/aws
@@ -105,13 +96,14 @@ gpu-check: environments  ## Everything that needs an NVIDIA GPU: plans, routes, 
 	@python -m pytest -s -m gpu tests/export/test_gpu.py
 
 .PHONY: images-check
-images-check: environments  ## Build the edge and client images without Docker, run and check them
+images-check: test-environments  ## Build the edge and client images without Docker, run and check them
 	@PYTHONPATH=$(CURDIR) python docker/images_check.py
 
 .PHONY: locks
-locks: environments  ## Resolve the hashed lock files anew
-	@$(LOCK) pyproject.toml --extra client --extra train --extra export --extra bench --extra dev --extra cpu --output-file locks/cpu.txt
-	@$(LOCK) pyproject.toml --extra client --extra train --extra export --extra bench --extra dev --extra gpu --output-file locks/gpu.txt
+locks: test-environments  ## Resolve the hashed lock files anew
+	@$(LOCK) pyproject.toml $(EXTRAS) --extra cpu --output-file locks/cpu.txt
+	@$(LOCK) pyproject.toml $(EXTRAS) --extra gpu --constraint locks/cpu.txt --output-file locks/gpu.txt
+	@$(LOCK) pyproject.toml --extra test --constraint locks/cpu.txt --output-file locks/test.txt
 	@$(LOCK) client/pyproject.toml --extra web --extra dicom --extra sr --extra pacs --constraint locks/cpu.txt --output-file locks/client.txt
 	@$(LOCK) serving/requirements.in --no-deps --output-file serving/requirements.txt
 	@$(LOCK) docker/build.in --output-file docker/build.txt
@@ -120,4 +112,4 @@ locks: environments  ## Resolve the hashed lock files anew
 
 .PHONY: clean
 clean:  ## Remove results, caches and environments; data/ and model_repository/ stay
-	@rm -rf results .cache .dvc/cache .dvc/tmp .venv .venv-triton
+	@rm -rf results .cache .dvc/cache .dvc/tmp .venv .venv-triton .tools

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Build the environments of this checkout from the hashed lock files:
+#   locks/install.sh main [test]    .venv         DEVICE=cpu (the default) or gpu
+#   locks/install.sh triton         .venv-triton
+# An environment that is up to date costs nothing. One that was built from other locks, by another
+# Python, or in another place (the folder was moved or copied) is built anew.
+# PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+HERE=$(pwd -P)
+DEVICE=${DEVICE:-cpu}
+NEEDED_GB=8
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# The server's wheel exists for Python 3.11 and 3.12 with numpy < 2, so the project keeps to these.
+find_python() {
+  local candidate version found=()
+  for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3 python3.12 python3.11}; do
+    version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    case $version in
+      3.11 | 3.12)
+        "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
+        return
+        ;;
+    esac
+    found+=("$candidate is $version")
+  done
+  fail "Python 3.11 or 3.12 is needed, found $(IFS=,; echo "${found[*]:-none}"): install python3.12" \
+    "and name it with make PYTHON=/path/to/python3.12"
+}
+
+check_disk() {
+  local free_mb
+  free_mb=$(df -Pm . | awk 'NR == 2 {print $4}')
+  [ "$free_mb" -ge $((NEEDED_GB * 1024)) ] || fail "$NEEDED_GB GB of free disk are needed in $HERE" \
+    "for the environments and the models, $((free_mb / 1024)).$((free_mb % 1024 * 10 / 1024)) GB" \
+    "are free: make room, or clone to another disk"
+}
+
+# uv does not read pip's settings: a mirror or a certificate that pip knows is handed on.
+hand_on() {
+  local value
+  [ -z "${!2:-}" ] || return 0
+  value=$("$BASE" -m pip config list 2>/dev/null | sed -n "s/^[^ ]*\.$1='\(.*\)'\$/\1/p" | tail -n 1)
+  [ -z "$value" ] || export "$2=$value"
+}
+
+# uv itself comes by pip, pinned by hash, into a folder of this checkout.
+get_uv() {
+  local log
+  UV=$HERE/.tools/bin/uv
+  export UV_LINK_MODE=${UV_LINK_MODE:-hardlink} UV_NO_CONFIG=1
+  # Set to their names in uv by whoever needs other ones.
+  hand_on index-url UV_DEFAULT_INDEX
+  hand_on cert SSL_CERT_FILE
+  [ "$(cat .tools/.installed 2>/dev/null)" != "$(cat locks/uv.txt)" ] || return 0
+  rm -rf .tools
+  "$BASE" -m pip --version >/dev/null 2>&1 ||
+    fail "$BASE has no pip, which fetches the installer: install python3-pip"
+  if ! log=$("$BASE" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+    --require-hashes --target .tools -r locks/uv.txt 2>&1); then
+    fail "pip could not fetch the installer uv: $log"
+  fi
+  cp locks/uv.txt .tools/.installed
+}
+
+# Build or complete an environment: folder, name of the stamp, what it is, installing function.
+build() {
+  local folder=$1 stamp=$1/.installed-$2 wanted
+  wanted=$(printf '%s\n' "$HERE/$folder" "$BASE"; cat "${@:5}")
+  [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
+  check_disk
+  get_uv
+  echo "building $folder: $3" >&2
+  "$4" "$folder"
+  printf '%s\n' "$wanted" >"$stamp"
+}
+
+new() {
+  rm -rf "$1"
+  "$UV" venv --quiet --python "$BASE" "$1"
+}
+
+add() {
+  local folder=$1
+  shift
+  "$UV" pip install --quiet --python "$folder/bin/python" "$@" || fail "$folder is incomplete: see" \
+    "above; a mirror is named by UV_DEFAULT_INDEX, a proxy by HTTPS_PROXY"
+}
+
+install_main() {
+  new "$1"
+  add "$1" --require-hashes -r "locks/$DEVICE.txt"
+  add "$1" --no-deps --no-build-isolation -e ./client
+}
+
+install_test() {
+  add "$1" --require-hashes -r locks/test.txt
+}
+
+install_triton() {
+  new "$1"
+  add "$1" --no-deps --require-hashes -r serving/requirements.txt
+}
+
+case $DEVICE in
+  cpu | gpu) ;;
+  *) fail "DEVICE is $DEVICE: expected cpu or gpu" ;;
+esac
+BASE=$(find_python)
+for part in "$@"; do
+  case $part in
+    main)
+      build .venv main "TensorFlow, MLflow, DVC and the rest for the $DEVICE, a minute" install_main \
+        "locks/$DEVICE.txt" client/pyproject.toml
+      ;;
+    test)
+      build .venv test "what the tests add, half a minute" install_test \
+        "locks/$DEVICE.txt" client/pyproject.toml locks/test.txt
+      ;;
+    triton)
+      build .venv-triton triton "the Triton server, seconds" install_triton serving/requirements.txt
+      ;;
+    *) fail "no environment is called $part: expected main, test or triton" ;;
+  esac
+done
