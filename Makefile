@@ -31,15 +31,14 @@ test-environments:  ## The same with what the tests and linters add
 	@locks/install.sh main test triton
 
 .PHONY: demo
-demo:  ## Phantom scans, training, export, a real Triton, classification, latency table
-	@$(MAKE) pipeline DATA=phantom
+demo: export DATA := phantom
+demo: export OVERRIDES := configs/demo.yaml
+demo: environments  ## Phantom scans, training, export, a real Triton, classification, latency table
 	@python -m benchmarks.demo
 
 .PHONY: pipeline
 pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
-	@change=$$(python -m training.ingest --changed); \
-	if [ "$$change" = changed ]; then dvc repro --force --single-item ingest; fi
-	@dvc repro
+	@python -m training.pipeline
 
 .PHONY: protocols
 protocols: environments  ## Score the trained model under every protocol; trains five folds

@@ -1,4 +1,4 @@
-"""After the pipeline: serve, classify a directory over gRPC and HTTP, say what was done."""
+"""`make demo`: the pipeline on phantoms, then serve, classify a directory, and sum it up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency import place_in_words, speed_table
+from benchmarks.latency import interval_in_words, place_in_words
 from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from export.parity import ParityReport, Tolerance, compare, keras_runner, triton_runner
@@ -20,11 +20,21 @@ from serving.local import LocalTriton, LocalTritonError
 from training.command import run_command
 from training.files import replaced, write_json
 from training.model import load_trained
+from training.pipeline import Screen, StageFailedError, reproduce, run_step, stage_descriptions
 from training.scans import load_pixels
 
 logger = logging.getLogger(__name__)
 
 EXACT = f"{MODEL_NAME}_fp32"
+NEXT = """Written:    results/demo/classified.jsonl    one line a scan
+            results/evaluate/report.md        scores with intervals and baselines
+            results/card/model_card.html      model card, beside it the data card
+            results/benchmark/latency.md      latency, batch sizes, parts of a request
+            results/logs/                     what each stage printed
+Next:       make serve                        Triton on what was published
+            .venv/bin/chestct web             a page on it, in a second terminal
+            make pipeline DATA=/path/to/scans your scans with the full settings
+"""
 # The promoted variant may be allowed to differ: its gate was kept before it was published.
 ANY = Tolerance(1.0, 1e9, 1e9, label_agreement=0.0)
 
@@ -137,21 +147,47 @@ def in_words(served: Served, scans: Path) -> list[str]:
     ]
 
 
+def short_table(latency: dict[str, Any]) -> list[str]:
+    """The latency of one scan a request, every engine and variant beside both Keras baselines."""
+    rows = [row for row in latency["rows"] if row["batch"] == 1]
+    texts = [("engine", "variant", "p50 ms", "against predict", "tf.function", "accuracy")] + [
+        (
+            row["engine"],
+            row["variant"],
+            f"{row['p50_ms']:.1f}",
+            f"{row['times_faster_than_keras_predict']:.2f} x",
+            f"{row['times_faster_than_keras_compiled']:.2f} x",
+            interval_in_words(row["accuracy"]),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    left = (0, 1, 5)
+    return [
+        "  ".join(
+            f"{text:{'<' if column in left else '>'}{width}}"
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in texts
+    ]
+
+
 def pipeline_in_words() -> list[str]:
-    """What the pipeline left: latency table and scores, a sentence each."""
+    """What the pipeline left: scores, a sentence each, and the latency table."""
     source = json.loads(Path("data/ingest.json").read_text())["source"]
     latency = json.loads(Path("results/benchmark/latency.json").read_text())
-    lines = [place_in_words(latency["environment"]), *speed_table(latency, 1), ""]
+    lines = []
     for name, values in json.loads(Path("results/evaluate/scores.json").read_text()).items():
         lines.append(
             f"Trained:    VGG-16 on {source}; {name} test split, n = {values['n']}: accuracy "
             f"{values['accuracy']} (the commonest class alone: {values['majority_accuracy']}), "
             f"macro AUROC {values.get('macro_auroc', 'undefined')}."
         )
-    return lines
+    place = place_in_words(latency["environment"])
+    return ["Latency:    one scan a request; " + place, "", *short_table(latency), "", *lines]
 
 
-def run(scans: Path, output: Path) -> str:
+def serve(scans: Path, output: Path) -> str:
     """Serve, classify `scans`, write lines and parity report into `output`; the result in words.
 
     Raises:
@@ -170,22 +206,49 @@ def run(scans: Path, output: Path) -> str:
     for report in reports.values():
         if not report:
             raise ValueError(report.in_words())
-    written = f"Written:    {lines}, results/evaluate/report.md, results/benchmark/latency.md."
-    said = [*pipeline_in_words(), *in_words(served, scans), written, NOT_A_MEDICAL_DEVICE]
-    return "\n" + "\n".join(said) + "\n"
+    said = [*pipeline_in_words(), *in_words(served, scans)]
+    return "\n".join(said) + "\n"
+
+
+def whole(scans: Path, output: Path) -> str:
+    """Run the pipeline, then `serve` as one more stage on the screen; the result in words.
+
+    Raises:
+        training.pipeline.StageFailedError: A stage failed.
+    """
+    screen = Screen(len(stage_descriptions()) + 1)
+    reproduce(screen)
+    summary = output / "summary.txt"
+    command = [sys.executable, "-m", "benchmarks.demo", "--serve-only", "--scans", str(scans)]
+    command += ["--output", str(output)]
+    run_step(screen, "serve", "Serve and classify a directory", command)
+    return f"\n{summary.read_text()}{NEXT}{NOT_A_MEDICAL_DEVICE}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve what the pipeline has published and show that it works."""
+    """Run the pipeline, serve what it published, classify a directory, and sum it up."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=main.__doc__)
     parser.add_argument("--scans", type=Path, default=Path("data/scans/test"))
     parser.add_argument("--output", type=Path, default=Path("results/demo"))
+    parser.add_argument(
+        "--serve-only", action="store_true", help="serve what is published; no pipeline before it"
+    )
     arguments = parser.parse_args(argv)
 
     def work() -> None:
-        sys.stdout.write(run(arguments.scans, arguments.output))
+        if arguments.serve_only:
+            summary = serve(arguments.scans, arguments.output)
+            with replaced(arguments.output / "summary.txt") as temporary:
+                temporary.write_text(summary, encoding="utf-8")
+        else:
+            summary = whole(arguments.scans, arguments.output)
+        sys.stdout.write(summary)
 
-    return run_command(work, errors=(LocalTritonError,))
+    return run_command(
+        work,
+        errors=(LocalTritonError, StageFailedError),
+        interrupted="interrupted: finished stages are kept; the same command goes on",
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from training.config import config_from_mapping, load_config, read_mapping
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 ROOMS = ("chestct", "training", "export", "serving", "benchmarks")
@@ -88,7 +90,6 @@ def test_every_config_fits_its_dataclass():
     from export.rollout import RolloutConfig
     from training.artefacts import CardConfig
     from training.audit import AuditConfig
-    from training.config import load_config
     from training.crossvalidate import CrossValidateConfig
     from training.distill import DistillConfig
     from training.evaluate import EvaluateConfig
@@ -119,11 +120,20 @@ def test_every_config_fits_its_dataclass():
         "throughput": ThroughputConfig,
         "train": FitConfig,
     }
-    found = sorted((CHECKOUT / "configs").glob("*.yaml"))
+    overrides = read_mapping(CHECKOUT / "configs" / "demo.yaml")
+    found = [path for path in sorted((CHECKOUT / "configs").glob("*.yaml")) if path.stem != "demo"]
     # split-grouped.yaml is another setting of the command that reads split.yaml.
     assert {path.stem.split("-")[0] for path in found} == set(of_file)
     for path in found:
-        load_config(of_file[path.stem.split("-")[0]], path)
+        cls = of_file[path.stem.split("-")[0]]
+        load_config(cls, path)
+        config_from_mapping(cls, {**read_mapping(path), **overrides.pop(path.stem, {})}, path)
+    assert not overrides, f"configs/demo.yaml overrides no config: {overrides}"
+
+
+def test_the_demo_keeps_every_gate():
+    overrides = read_mapping(CHECKOUT / "configs" / "demo.yaml")
+    assert not any("gate" in values for values in overrides.values())
 
 
 def project_imports(file: Path) -> set[str]:

@@ -8,19 +8,44 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from chestct.errors import ChestCTError
+from training.config import read_overrides, use_overrides
 
 
 def command_parser(module: str, description: str | None, config: str) -> argparse.ArgumentParser:
-    """A parser for `python -m MODULE` with the option --config, whose default is `config`."""
+    """A parser for `python -m MODULE` with --config, whose default is `config`, and --overrides."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", type=Path, default=Path(config), help="YAML file")
+    parser.add_argument(
+        "--overrides",
+        type=Path,
+        action=_UseOverrides,
+        help="YAML file of keys that replace those of config files, by the files' names",
+    )
     return parser
+
+
+class _UseOverrides(argparse.Action):
+    """Apply the file to all configs that are loaded from here on."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            use_overrides(read_overrides(values))
+        except ValueError as error:
+            parser.error(str(error))
+        setattr(namespace, self.dest, values)
 
 
 def run_command(
@@ -51,3 +76,5 @@ def run_command(
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         return 130
+    finally:
+        use_overrides({})

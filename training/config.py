@@ -1,8 +1,14 @@
-"""Read one command's YAML file into its frozen dataclass, strictly."""
+"""Read one command's YAML file into its frozen dataclass, strictly.
+
+The pipeline passes `--overrides data/overrides.yaml`: keys that replace those of a file under
+configs/, by the file's name without suffix. `training.ingest` writes it; it is empty unless the
+demo asked for its small settings.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import types
 import typing
 from collections.abc import Mapping
@@ -11,17 +17,49 @@ from typing import Any, TypeVar
 
 import yaml
 
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path("configs")
 Config = TypeVar("Config")
+
+_overrides: dict[str, Mapping[str, Any]] = {}
+
+
+def use_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let `load_config` replace keys by these, given by the name of the config file."""
+    _overrides.clear()
+    _overrides.update(overrides)
+
+
+def read_overrides(path: Path) -> dict[str, dict[str, Any]]:
+    """Keys and values by the name of a file under configs/, from the YAML file at `path`.
+
+    Raises:
+        ValueError: The file is missing, has another form, or names a config that is not there.
+    """
+    raw = read_mapping(path)
+    for name, values in raw.items():
+        if not (CONFIGS / f"{name}.yaml").is_file():
+            raise ValueError(f"{path}: {name} is no config: there is no {CONFIGS}/{name}.yaml")
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{path}: {name} is {values!r}; expected keys and values of configs/{name}.yaml"
+            )
+    return raw
 
 
 def load_config(cls: type[Config], path: Path) -> Config:
-    """An instance of the dataclass `cls` from the YAML file at `path`.
+    """An instance of the dataclass `cls` from the YAML file at `path`, with overrides applied.
 
     Raises:
         ValueError: The file is missing, is no mapping, holds an unknown key or a wrong type; the
             message lists the allowed keys.
     """
-    return config_from_mapping(cls, read_mapping(path), path)
+    replaced = _overrides.get(path.stem, {})
+    if replaced:
+        said = ", ".join(f"{key} {value}" for key, value in replaced.items())
+        logger.info("%s with overrides: %s", path, said)
+    return config_from_mapping(cls, {**read_mapping(path), **replaced}, path)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

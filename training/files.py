@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
@@ -46,6 +48,12 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    """`content` as YAML in `path`, replaced in one step."""
+    with replaced(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from chestct.errors import ScanDecodeError
 from chestct.scan import SCAN_SUFFIXES, load_grey
 from training.command import command_parser, run_command
-from training.config import load_config
-from training.files import replaced, write_json
+from training.config import load_config, read_overrides, use_overrides
+from training.files import replaced, write_json, write_yaml
 from training.phantom import PhantomConfig, write_configured
 from training.scans import SPLITS
 
@@ -89,6 +89,11 @@ class IngestConfig:
     max_files: int = 500_000
     max_compression_ratio: float = 100.0
     timeout_s: float = 30.0
+
+    @property
+    def overrides(self) -> Path:
+        """YAML to write beside `table`, which the later stages read; see `training.config`."""
+        return self.table.with_name("overrides.yaml")
 
     def __post_init__(self) -> None:
         """Refuse limits and names that cannot be meant.
@@ -149,6 +154,24 @@ def choose_source(flag: str | None, environment: Mapping[str, str], config: Inge
     return str(recorded["source"]) if recorded else config.source
 
 
+def choose_overrides(
+    flag: Path | None, environment: Mapping[str, str], config: IngestConfig
+) -> dict[str, dict[str, Any]]:
+    """Overrides for the whole pipeline: of the flag's file, else of the file that OVERRIDES names.
+
+    With neither, a source that DATA names is taken with the full settings, and a run that names
+    nothing keeps the recorded overrides.
+
+    Raises:
+        ValueError: A file cannot be read or has another form.
+    """
+    if named := flag or environment.get("OVERRIDES"):
+        return read_overrides(Path(named))
+    if environment.get("DATA") or not config.overrides.is_file():
+        return {}
+    return read_overrides(config.overrides)
+
+
 def read_table(path: Path) -> dict[str, Any] | None:
     """The content of an `ingest.json`; None if there is none.
 
@@ -189,6 +212,18 @@ def has_changed(source: str, config: IngestConfig) -> bool:
             members = _checked_members(archive, source, config)
             hashes = {name: _hash_member(archive, info) for name, info in members.items()}
     return bool(fingerprint(hashes) != recorded["fingerprint"])
+
+
+def inputs_changed(environment: Mapping[str, str], config: IngestConfig) -> bool:
+    """Whether the source or the overrides that `environment` chooses differ from the last run's.
+
+    Raises:
+        ValueError: The source, or one of the files, cannot be read.
+    """
+    overrides = choose_overrides(None, environment, config)
+    if not config.overrides.is_file() or read_overrides(config.overrides) != overrides:
+        return True
+    return has_changed(choose_source(None, environment, config), config)
 
 
 def fingerprint(hashes: Mapping[str, str]) -> str:
@@ -692,11 +727,6 @@ def main(argv: list[str] | None = None) -> int:
         "else the source of the last run, else the config's",
     )
     parser.add_argument("--sha256", help="expected hash of the archive, instead of the config's")
-    parser.add_argument(
-        "--changed",
-        action="store_true",
-        help="only print 'changed' or 'unchanged': does the source differ from the last run?",
-    )
     arguments = parser.parse_args(argv)
 
     def work() -> None:
@@ -704,10 +734,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.sha256 is not None:
             config = dataclasses.replace(config, sha256=arguments.sha256)
         source = choose_source(arguments.source, os.environ, config)
-        if arguments.changed:
-            sys.stdout.write("changed\n" if has_changed(source, config) else "unchanged\n")
-        else:
-            sys.stdout.write(describe(ingest(source, config)))
+        overrides = choose_overrides(arguments.overrides, os.environ, config)
+        use_overrides(overrides)
+        table = ingest(source, config)
+        write_yaml(config.overrides, overrides)
+        sys.stdout.write(describe(table))
 
     return run_command(work, interrupted="interrupted: the scans of before are kept")
 

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from training.config import load_config, read_overrides, use_overrides
 from training.ingest import (
     IngestConfig,
     choose_source,
@@ -33,10 +34,12 @@ from training.ingest import (
     fingerprint,
     has_changed,
     ingest,
+    inputs_changed,
     label_from_folder,
     list_scan_folder,
     main,
 )
+from training.phantom import PhantomConfig
 
 CHECKOUT = Path(__file__).parents[2]
 LONG_NAMES = {
@@ -369,29 +372,63 @@ def test_unreadable_record_is_an_error_not_a_swap(config: IngestConfig) -> None:
         choose_source(None, {}, config)
 
 
-def test_changed_notices_source_and_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_inputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATA", raising=False)
     (tmp_path / "ingest.yaml").write_text("{}\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train.yaml").write_text("epochs: 12\n")
+    (tmp_path / "small.yaml").write_text("train: {epochs: 1}\n")
+    config = IngestConfig()
     files = contents("a", "b")
     written(tmp_path / "real", files)
     zipped(tmp_path / "real.zip", files)
 
-    def changed(*arguments: str) -> str:
-        assert main(["--config", "ingest.yaml", "--changed", *arguments]) == 0
-        return capsys.readouterr().out
+    def changed(**environment: str) -> bool:
+        return inputs_changed(environment, config)
 
-    assert changed() == "changed\n"
+    assert changed()
     for source in ("real", "real.zip"):
         assert main(["--config", "ingest.yaml", "--source", source]) == 0
-        capsys.readouterr()
-        assert changed() == changed("--source", source) == "unchanged\n"
-        assert changed("--source", "phantom") == "changed\n"
+        assert not changed()
+        assert not changed(DATA=source)
+        assert changed(DATA="phantom")
+        assert changed(DATA=source, OVERRIDES="small.yaml")
+    monkeypatch.setenv("OVERRIDES", "small.yaml")
+    assert main(["--config", "ingest.yaml"]) == 0
+    assert read_overrides(config.overrides) == {"train": {"epochs": 1}}
+    assert not changed()  # what names nothing keeps what the last run took
+    assert changed(DATA="real.zip")  # and a source is taken with the full settings
+    (tmp_path / "small.yaml").write_text("train: {epochs: 2}\n")
+    assert changed(OVERRIDES="small.yaml")
     files["a/0.png"] = picture(50)
     zipped(tmp_path / "real.zip", files)
-    assert changed() == "changed\n"
+    assert changed()
+
+
+def test_overrides_replace_keys_of_the_config_they_name(tmp_path: Path) -> None:
+    (tmp_path / "phantom.yaml").write_text("train: 60\nvalid: 16\ntest: 24\n")
+    use_overrides({"phantom": {"train": 5}, "train": {"epochs": 1}})
+    try:
+        config = load_config(PhantomConfig, tmp_path / "phantom.yaml")
+        assert (config.train, config.valid) == (5, 16)
+        use_overrides({"phantom": {"trains": 5}})
+        with pytest.raises(ValueError, match="unknown keys \\['trains'\\]"):
+            load_config(PhantomConfig, tmp_path / "phantom.yaml")
+    finally:
+        use_overrides({})
+    assert load_config(PhantomConfig, tmp_path / "phantom.yaml").train == 60
+
+
+def test_overrides_of_another_form_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    path = tmp_path / "demo.yaml"
+    path.write_text("trian: {epochs: 1}\n")
+    with pytest.raises(ValueError, match=r"trian is no config: there is no configs/trian\.yaml"):
+        read_overrides(path)
+    path.write_text("train: 5\n")
+    with pytest.raises(ValueError, match="train is 5; expected keys and values of configs/train"):
+        read_overrides(path)
 
 
 # Archives
