@@ -132,7 +132,7 @@ def skip_reasons() -> list[tuple[str, str]]:
     return found
 
 
-def test_every_skip_of_the_suite_has_its_place_and_no_place_is_left_over():
+def test_every_skip_of_the_suite_has_an_entry_and_no_entry_is_left_over():
     entries = programs.read()
     words = [program for entry in entries for program in entry.programs]
     used, without = set(), []
@@ -160,7 +160,7 @@ def program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_a_group_that_cannot_be_installed_costs_itself(tmp_path, monkeypatch, capsys):
+def test_a_group_that_cannot_be_installed_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "bin"
     program(
         folder,
@@ -225,7 +225,7 @@ def test_each_test_belongs_to_one_part(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A checkout of what .ci/run reads, whose `make` records its targets and fails on FAULT."""
+    """The files that .ci/run reads, and a `make` that records its targets and fails on FAULT."""
     for name in (".ci/run", ".ci/programs.toml", "tests/support/programs.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CHECKOUT / name, tmp_path / name)
@@ -255,7 +255,7 @@ def ci_run(checkout: Path, *parts: str, fault: str = "none") -> subprocess.Compl
     )
 
 
-def test_ci_runs_everything_once_and_tells_programs_skips_and_times(checkout):
+def test_ci_runs_everything_once_and_reports_programs_skips_and_times(checkout):
     done = ci_run(checkout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (checkout / "calls").read_text().split("\n") == ["check", "test", "test-slow", ""]
@@ -266,7 +266,7 @@ def test_ci_runs_everything_once_and_tells_programs_skips_and_times(checkout):
     assert found[-1][1].strip() == "===== 3 passed, true in 1.00s ====="
 
 
-def test_ci_stops_at_what_fails_and_still_tells(checkout):
+def test_ci_stops_at_a_failure_and_still_reports(checkout):
     done = ci_run(checkout, fault="test")
     assert done.returncode == 1
     assert (checkout / "calls").read_text().split() == ["check", "test"]

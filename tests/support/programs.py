@@ -53,7 +53,7 @@ def distribution(file: Path = Path("/etc/os-release")) -> str:
 
 
 def places(environment: Mapping[str, str] = os.environ) -> set[str]:
-    """The words of `may_be_missing` that hold here."""
+    """The places of `may_be_missing` that apply to this machine."""
     return {
         "anywhere",
         "github" if environment.get("GITHUB_ACTIONS") == "true" else distribution(),
@@ -90,7 +90,7 @@ def read(file: Path = FILE) -> list[Entry]:
 
 
 def entry_of(reason: str, entries: Sequence[Entry]) -> Entry | None:
-    """What a test was skipped for; of two groups the one that is missing."""
+    """The entry that fits the reason; of two groups the one that is missing."""
     found = [entry for entry in entries if entry.reason.search(reason)]
     missing = [entry for entry in found if entry.missing_programs()]
     return next(iter([*missing, *found]), None)
@@ -112,7 +112,7 @@ def apt(limit_s: float, *words: str) -> str:
 
 
 def install(entries: Sequence[Entry]) -> None:
-    """Install each group of which a program is missing; a group that fails costs itself."""
+    """Install each group of which a program is missing; a failure does not stop the others."""
     missing = [entry for entry in entries if entry.packages and entry.missing_programs()]
     if not missing:
         return
