@@ -14,6 +14,13 @@ LOCK = .tools/bin/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-emit-index-url --no-header --no-annotate
 EXTRAS := --extra client --extra train --extra export --extra bench --extra deploy
 
+# As many tests at once as there are CPUs, at most 4; a test that hangs is ended.
+CPUS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PYTEST = python -m pytest $(if $(filter-out 1,$(CPUS)),-n $(CPUS) --dist loadgroup) --durations 25 --durations-min 1
+# Each test belongs to one of these parts, by its marks.
+UNIT := not slow and not server
+SERVERS := not slow and server
+
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
 export DATA
@@ -53,8 +60,23 @@ compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say
 		$(if $(PROTOCOL),--protocol $(PROTOCOL)) $(if $(METRIC),--metric $(METRIC))
 
 .PHONY: test
-test: test-environments  ## The whole test suite
-	@python -m pytest
+test: test-environments  ## The tests, without the slow ones
+	@$(PYTEST) --timeout 300 -m "not slow"
+
+.PHONY: test-unit
+test-unit: test-environments  ## Those of `make test` that start no Triton
+	@$(PYTEST) --timeout 300 -m "$(UNIT)"
+
+.PHONY: test-servers
+test-servers: test-environments  ## Those of `make test` that start one
+	@$(PYTEST) --timeout 300 -m "$(SERVERS)"
+
+.PHONY: test-slow
+test-slow: test-environments  ## What `make test` leaves out
+	@$(PYTEST) -m "slow"
+
+.PHONY: test-all
+test-all: test test-slow  ## The whole test suite
 
 .PHONY: fuzz
 fuzz: test-environments  ## Damage scan files for FOR_S (600) seconds: decoding must not break
@@ -64,9 +86,13 @@ fuzz: test-environments  ## Damage scan files for FOR_S (600) seconds: decoding 
 check: test-environments  ## Linters and types
 	@ruff check .
 	@ruff format --check .
-	@mypy client/src training export benchmarks serving deploy/aws
-	@shellcheck -x .ci/run deploy/*/*.sh docker/*.sh
+	@mypy
+	@shellcheck -x .ci/run */*.sh deploy/*/*.sh
 	@hadolint docker/*.Dockerfile
+
+.PHONY: audit
+audit: test-environments  ## Look up the packages of every lock for known vulnerabilities
+	@deploy/jenkins/scan.sh --locks
 
 .PHONY: lint-deploy
 lint-deploy:  ## Linters of the Jenkinsfile and the GitHub workflow; needs npm and Java

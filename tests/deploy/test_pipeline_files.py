@@ -20,6 +20,7 @@ CHECKOUT = Path(__file__).parents[2]
 JENKINSFILE = (CHECKOUT / "Jenkinsfile").read_text()
 WORKFLOW = CHECKOUT / ".github" / "workflows" / "main.yaml"
 SCRIPTS = sorted((CHECKOUT / "deploy").glob("*/*.sh"))
+PARTS = ["check", "unit", "servers", "pipeline"]
 ADDRESS = re.compile(r"\b(?!127\.0\.0\.1\b|0\.0\.0\.0\b)\d{1,3}(\.\d{1,3}){3}\b|ec2-\d")
 
 
@@ -35,7 +36,7 @@ def test_stages_run_the_real_checks_in_order():
         name: re.findall(r"'(make [\w-]+|deploy/\S+\.sh[^']*)'", found[name]) for name in found
     }
     assert steps["Check"] == ["make check"]
-    assert steps["Test"] == ["make test"]
+    assert steps["Test"] == ["make test-all"]
     scripts = re.findall(r"'(deploy/\S+\.sh)", JENKINSFILE)
     assert len(scripts) == 5
     for script in scripts:
@@ -79,7 +80,9 @@ def test_workflow_has_least_rights_and_pinned_actions():
     workflow = yaml.safe_load(WORKFLOW.read_text())
     assert workflow["permissions"] == {}
     test, deploy = workflow["jobs"]["test"], workflow["jobs"]["deploy"]
-    assert deploy["needs"] == "test"
+    assert list(workflow["jobs"]) == ["test", "deploy"]
+    assert deploy["needs"] == "test"  # all of its parts
+    assert test["strategy"] == {"fail-fast": False, "matrix": {"part": PARTS}}
     assert "refs/heads/main" in deploy["if"]
     assert "push" in deploy["if"]
     assert "secrets." not in str(test)

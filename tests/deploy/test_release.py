@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.server
 
+CHECKOUT = Path(__file__).parents[2]
 DONE, ROLLED_BACK, STUCK = 0, 1, 3
 
 
@@ -272,15 +273,28 @@ def test_scan_fails_on_findings_and_on_packages_that_it_could_not_look_up(host):
             "case $* in *${FINDING:-none}*) exit 1; esac\n"
         )
         (programs / name).chmod(0o755)
+    hashed = sorted(
+        str(path.relative_to(CHECKOUT))
+        for pattern in ("*.txt", "*/*.txt")
+        for path in CHECKOUT.glob(pattern)
+        if "--hash=sha256:" in path.read_text()
+    )
+    assert {"locks/test.txt", "locks/uv.txt", "docker/edge.txt", "locks/client.txt"} < set(hashed)
+    for name in hashed:
+        (host.checkout / name).parent.mkdir(exist_ok=True)
+        (host.checkout / name).touch()
     assert host.run("scan.sh").returncode == 0
     lines = record.read_text().splitlines()
     audits = [line for line in lines if line.startswith("pip-audit")]
-    assert len(audits) == 3
+    assert sorted(line.split()[-1] for line in audits) == hashed
     assert all("--strict" in line and "--ignore-vuln CVE-2026-1 " in line for line in audits)
     assert sum("--severity HIGH,CRITICAL" in line for line in lines) == 2
     for finding in ("locks/gpu.txt", "client-"):
         done = host.run("scan.sh", FINDING=finding)
         assert done.returncode == 1
         assert f"vulnerabilities in {finding.rstrip('-')}" in done.stderr
+    record.unlink()
+    assert host.run("scan.sh", "--locks", ECR_REPOSITORY="").returncode == 0
+    assert len(record.read_text().splitlines()) == len(hashed)
     (programs / "trivy").unlink()
     assert "NOT SCANNED" in host.run("scan.sh").stderr
