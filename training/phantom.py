@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,8 @@ class PhantomConfig:
         test: Slices of each class for testing.
         dicom_fraction: Part of the test slices of each class that is written as DICOM; the
             others are PNG, as in the real folder.
+        variety: How much bodies differ: 1 is the whole range, less is easier to learn.
+        lesion_scale: Factor on the radius of lesions: 1 is lifelike, more is easier to learn.
         seed: First number of the anatomies; the same seed writes the same bytes.
     """
 
@@ -71,6 +74,8 @@ class PhantomConfig:
     valid: int = 16
     test: int = 24
     dicom_fraction: float = 0.25
+    variety: float = 1.0
+    lesion_scale: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,6 +91,11 @@ class PhantomConfig:
             )
         if not 0 <= self.dicom_fraction <= 1:
             raise ValueError(f"dicom_fraction is {self.dicom_fraction}: expected 0 to 1")
+        if not 0 < self.variety <= 1 or not 0.5 <= self.lesion_scale <= 2.5:
+            raise ValueError(
+                f"variety {self.variety}, lesion_scale {self.lesion_scale}: expected more than 0 "
+                "and at most 1, and 0.5 to 2.5"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,9 @@ class Phantom:
     lesion_box: tuple[int, int, int, int] | None
 
 
-def make_phantom(label: str, seed: int, *, size: int = 512) -> Phantom:
+def make_phantom(
+    label: str, seed: int, *, size: int = 512, variety: float = 1.0, lesion_scale: float = 1.0
+) -> Phantom:
     """A slice of the class `label` with the anatomy of `seed`.
 
     The anatomy is drawn before the lesion, from its own stream of random numbers: one seed gives
@@ -119,6 +131,8 @@ def make_phantom(label: str, seed: int, *, size: int = 512) -> Phantom:
         label: One of `LABELS`.
         seed: Number of the anatomy, 0 or more.
         size: Rows and columns in pixels, at least 128.
+        variety: See `PhantomConfig`.
+        lesion_scale: See `PhantomConfig`.
 
     Raises:
         ValueError: An unknown label, a negative seed or a size too small to hold the anatomy.
@@ -129,6 +143,8 @@ def make_phantom(label: str, seed: int, *, size: int = 512) -> Phantom:
         raise ValueError(f"seed {seed}, size {size}: expected seed >= 0 and size >= 128")
     rng = np.random.default_rng([seed, 0])
     anatomy = _draw_anatomy_numbers(rng)
+    if variety < 1:
+        anatomy = anatomy.towards(_draw_anatomy_numbers(np.random.default_rng(5)), 1 - variety)
     canvas = _Canvas(size, anatomy)
     _draw_table(canvas, anatomy, rng)
     _draw_body(canvas, anatomy, rng)
@@ -136,7 +152,8 @@ def make_phantom(label: str, seed: int, *, size: int = 512) -> Phantom:
     lung = _draw_cavity(canvas, anatomy, rng)
     hu = canvas.pixels()
     hu[lung] = _lung_pixels(canvas, anatomy, lung, rng)
-    lesion = _add_lesion(hu, canvas, anatomy, lung, label, np.random.default_rng([seed, 1]))
+    rng_of_lesion = np.random.default_rng([seed, 1])
+    lesion = _add_lesion(hu, canvas, anatomy, lung, label, lesion_scale, rng_of_lesion)
     hu = _add_scanner(hu, anatomy, rng)
     _burn_in_text(hu)
     return Phantom(
@@ -162,6 +179,21 @@ class _Anatomy:
     blood_hu: float
     noise_hu: float
     blur_px: float
+
+    def towards(self, other: _Anatomy, share: float) -> _Anatomy:
+        """Each number moved towards that of `other` by `share` of their difference."""
+
+        def moved(one: Any, goal: Any) -> Any:
+            if isinstance(one, tuple):
+                return tuple(map(moved, one, goal))
+            return one + share * (goal - one)
+
+        return _Anatomy(
+            **{
+                field.name: moved(getattr(self, field.name), getattr(other, field.name))
+                for field in dataclasses.fields(self)
+            }
+        )
 
     def pixel_spacing_mm(self, size: int) -> float:
         return round(self.field_mm / size, 4)
@@ -566,6 +598,7 @@ def _add_lesion(
     anatomy: _Anatomy,
     lung: npt.NDArray[np.bool_],
     label: str,
+    scale: float,
     rng: np.random.Generator,
 ) -> npt.NDArray[np.bool_] | None:
     """Draw the lesion of `label` into the lung of `hu` in place; its mask, or None.
@@ -576,11 +609,14 @@ def _add_lesion(
     """
     if label == "normal":
         return None
-    radius = {
-        "adenocarcinoma": rng.uniform(9, 15),
-        "large.cell.carcinoma": rng.uniform(23, 34),
-        "squamous.cell.carcinoma": rng.uniform(18, 28),
-    }[label]
+    radius = (
+        scale
+        * {
+            "adenocarcinoma": rng.uniform(9, 15),
+            "large.cell.carcinoma": rng.uniform(23, 34),
+            "squamous.cell.carcinoma": rng.uniform(18, 28),
+        }[label]
+    )
     center = _lesion_place(canvas, anatomy, lung, label, radius, rng)
     fill = canvas.blank()
     if label == "adenocarcinoma":
@@ -754,7 +790,13 @@ def write_dicom(phantom: Phantom, path: Path) -> None:
 
 
 def write_phantoms(
-    folder: Path, *, per_class: Mapping[str, int], seed: int, dicom_fraction: float = 0.0
+    folder: Path,
+    *,
+    per_class: Mapping[str, int],
+    seed: int,
+    dicom_fraction: float = 0.0,
+    variety: float = 1.0,
+    lesion_scale: float = 1.0,
 ) -> int:
     """Write `folder/train|valid|test/CLASS/*` whole or not at all; how many files it holds.
 
@@ -765,6 +807,8 @@ def write_phantoms(
         per_class: Slices of each class for `train`, `valid` and `test`; a split of 0 is left out.
         seed: The same seed gives the same bytes.
         dicom_fraction: Part of the test slices of each class written as DICOM.
+        variety: See `PhantomConfig`.
+        lesion_scale: See `PhantomConfig`.
 
     Raises:
         ValueError: `per_class` names something else than train, valid or test.
@@ -782,7 +826,9 @@ def write_phantoms(
         for count, (split, label, number) in enumerate(
             tqdm(plan, desc="phantoms", unit="slice", disable=None)
         ):
-            phantom = make_phantom(label, seed * 1_000_000 + count)
+            phantom = make_phantom(
+                label, seed * 1_000_000 + count, variety=variety, lesion_scale=lesion_scale
+            )
             target = temporary / split / label
             target.mkdir(parents=True, exist_ok=True)
             stem = f"phantom_{phantom.seed:07d}"
@@ -801,6 +847,8 @@ def write_configured(folder: Path, config: PhantomConfig) -> int:
         per_class={"train": config.train, "valid": config.valid, "test": config.test},
         seed=config.seed,
         dicom_fraction=config.dicom_fraction,
+        variety=config.variety,
+        lesion_scale=config.lesion_scale,
     )
 
 
