@@ -23,7 +23,9 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from chestct.proxies import is_loopback, url_proxy
 from training.command import run_command
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,7 @@ def connected() -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()).lower())
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    _reach_loopback_directly()
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -132,6 +135,15 @@ def connected() -> Iterator[Any]:
         yield mlflow
     except MlflowException as error:
         raise ValueError(_in_one_line(error)) from error
+
+
+def _reach_loopback_directly() -> None:
+    """Make requests, which MLflow sends by, take no proxy to a server on this machine."""
+    host = urlsplit(store_address()).hostname or ""
+    if is_loopback(host):
+        known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        if host not in known.split(","):
+            os.environ["no_proxy"] = f"{known},{host}".lstrip(",")
 
 
 def _in_one_line(error: Any) -> str:
@@ -146,6 +158,9 @@ def _in_one_line(error: Any) -> str:
         )
     if 400 <= status < 500:
         return f"MLflow at {shown_address()}: {said}"
+    proxy = url_proxy(store_address())
+    if proxy is not None:
+        said = f"{said} ({proxy})"
     return (
         f"MLflow at {shown_address()} does not answer as expected: {said}; check "
         "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or unset "
