@@ -81,10 +81,14 @@ def url_proxy(url: str) -> Proxy | None:
 
 def url_opener(url: str, context: ssl.SSLContext | None = None) -> OpenerDirector:
     """An opener of urllib that takes the environment's proxies, and none to loopback."""
-    from urllib.request import HTTPSHandler, ProxyHandler, build_opener
+    from urllib.request import BaseHandler, HTTPSHandler, ProxyHandler, build_opener
 
-    handlers = [ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
-    return build_opener(HTTPSHandler(context=context), *handlers)
+    handlers: list[BaseHandler] = []
+    if is_loopback(urlsplit(url).hostname or ""):
+        handlers.append(ProxyHandler({}))
+    if context is not None:
+        handlers.append(HTTPSHandler(context=context))
+    return build_opener(*handlers)
 
 
 def without_credentials(address: str) -> str:
