@@ -116,9 +116,14 @@ guard: environments  ## Compare the last latency benchmark with the committed on
 	@python -m benchmarks.guard results/benchmark/latency.json --baseline benchmarks/results/chest-ct/latency.json
 
 .PHONY: gpu-check
-gpu-check: environments  ## Everything that needs an NVIDIA GPU: plans, routes, parity, latency
+gpu-check:  ## Everything that needs an NVIDIA GPU: plans, routes, parity, latency
+ifneq ($(DEVICE),gpu)
+	@env -u CUDA_VISIBLE_DEVICES $(MAKE) gpu-check DEVICE=gpu
+else
+	@locks/install.sh main test triton
 	@python -m export.engine --find-gpu
 	@python -m pytest -s -m gpu tests/export/test_gpu.py
+endif
 
 .PHONY: images-check
 images-check: test-environments  ## Build the edge and client images without Docker, run and check them

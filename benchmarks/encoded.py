@@ -55,7 +55,9 @@ def compare_encoded(
     with (
         LocalTriton(repository, models=[ENCODED]) as server,
         ScanClient(server.grpc_url) as client,
-        tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw,
+        tritonclient.grpc.InferenceServerClient(
+            server.grpc_url.removeprefix("grpc://"), channel_args=[("grpc.enable_http_proxy", 0)]
+        ) as raw,
     ):
 
         def here(path: Path) -> None:

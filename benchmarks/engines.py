@@ -83,9 +83,12 @@ def _open_onnxruntime(onnx: Path, threads: int) -> Infer:
     options.intra_op_num_threads = threads
     # As in the server's backend; spinning threads would also disturb what is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(
-        str(onnx), options, providers=onnxruntime.get_available_providers()
-    )
+    providers = [
+        # TF32 keeps ten bits of the mantissa, which is not what FP32 means.
+        (name, {"use_tf32": "0"} if name == "CUDAExecutionProvider" else {})
+        for name in onnxruntime.get_available_providers()
+    ]
+    session = onnxruntime.InferenceSession(str(onnx), options, providers=providers)
     names = list(OUTPUT_NAMES)
     return lambda scans: dict(zip(names, session.run(names, {INPUT_NAME: scans}), strict=True))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from benchmarks.engines import Infer
 from chestct.client import ScanClient
 from chestct.contract import SCAN_SHAPE
+from chestct.proxies import url_opener
 from serving.local import LocalTriton
 
 COUNTED_WITHIN_S = 5.0
@@ -34,7 +34,8 @@ def statistics_of(http_url: str, model: str) -> dict[str, int]:
         OSError: It does not answer.
     """
     try:
-        with urllib.request.urlopen(f"{http_url}/v2/models/{model}/stats", timeout=10) as answer:
+        url = f"{http_url}/v2/models/{model}/stats"
+        with url_opener(url).open(url, timeout=10) as answer:
             stats = json.load(answer)["model_stats"]
     except urllib.error.HTTPError as error:
         with error:

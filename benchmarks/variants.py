@@ -16,7 +16,7 @@ from benchmarks.engines import Infer
 from chestct.contract import Window
 from export.onnx import sha256_of
 from export.repository import parsed_config
-from serving.local import nvidia_driver_answers
+from serving.local import uses_gpu
 from training.metrics import score
 from training.scans import ScanSet, read_split
 
@@ -164,7 +164,7 @@ def find_variants(
 
 def _served_config(folder: Path) -> Any:
     """The config that Triton reads of a model, None where there is none."""
-    names = ["config.pbtxt"] if nvidia_driver_answers() else ["configs/cpu.pbtxt", "config.pbtxt"]
+    names = ["config.pbtxt"] if uses_gpu() else ["configs/cpu.pbtxt", "config.pbtxt"]
     for name in names:
         if (folder / name).is_file():
             return parsed_config((folder / name).read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels ./clie
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.0.0
 ARG COMMIT=unknown
+ARG DEVICE=cpu
 LABEL org.opencontainers.image.title="chestct-train" \
       org.opencontainers.image.description="Training, export and tracking of the chest-CT classifier. Not a medical device." \
       org.opencontainers.image.licenses="Apache-2.0" \
@@ -39,7 +40,7 @@ COPY training /opt/chestct/training
 COPY dvc.yaml /opt/chestct/
 # A named volume takes its owner from the folder that it covers.
 RUN mkdir -p /work /var/lib/mlflow && chown 10001:10001 /work /var/lib/mlflow
-ENV PATH=/opt/chestct/.venv/bin:${PATH} PYTHONPATH=/opt/chestct PYTHONDONTWRITEBYTECODE=1 \
+ENV DEVICE=${DEVICE} PATH=/opt/chestct/.venv/bin:${PATH} PYTHONPATH=/opt/chestct PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 HOME=/tmp DVC_NO_ANALYTICS=true MLFLOW_DISABLE_TELEMETRY=true
 # Data, results and the tracking store: mount a folder here that holds or gets data/ and results/.
 WORKDIR /work

@@ -28,6 +28,7 @@ import numpy as np
 
 from chestct.client import ScanClient, TLSOptions
 from chestct.contract import MODEL_NAME, ModelFacts
+from chestct.proxies import url_opener, url_proxy
 from export.onnx import OnnxConfig, sha256_of, write_onnx
 from export.parity import (
     ENGINES,
@@ -168,9 +169,8 @@ class Server:
             self.url + path, body, {"admin-key": self._key, "Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(
-                request, timeout=self._timeout_s, context=self._context
-            ) as answer:
+            opener = url_opener(self.url, self._context)
+            with opener.open(request, timeout=self._timeout_s) as answer:
                 content: bytes = answer.read()
                 return content
         except urllib.error.HTTPError as error:
@@ -179,6 +179,11 @@ class Server:
             if error.code in (401, 403):
                 text += f" (is {ADMIN_KEY} the key of this server?)"
             raise ValueError(f"{self.url}{path}: HTTP {error.code}: {text}") from error
+        except OSError as error:
+            proxy = url_proxy(self.url)
+            if proxy is None:
+                raise
+            raise ConnectionError(f"{self.url}{path}: {error} ({proxy})") from error
 
 
 def roll_out(config: RolloutConfig, server: Server, variant: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 #   locks/install.sh main [test]    .venv         DEVICE=cpu (the default) or gpu
 #   locks/install.sh triton         .venv-triton
 # An environment that is up to date costs nothing. One that was built from other locks, by another
-# Python, or in another place (the folder was moved or copied) is built anew.
-# PYTHON names the interpreter.
+# Python, or in another place (the folder was moved or copied) is built anew. Of two calls at once
+# the second waits for the first. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 HERE=$(pwd -P)
@@ -18,8 +18,9 @@ fail() {
 
 # The server's wheel exists for Python 3.11 and 3.12 with numpy < 2, so the project keeps to these.
 find_python() {
-  local candidate version found=()
-  for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3 python3.12 python3.11}; do
+  local candidate version found=() candidates=(python3 python3.12 python3.11)
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     case $version in
       3.11 | 3.12)
@@ -31,6 +32,36 @@ find_python() {
   done
   fail "Python 3.11 or 3.12 is needed, found $(IFS=,; echo "${found[*]:-none}"): install python3.12" \
     "and name it with make PYTHON=/path/to/python3.12"
+}
+
+# The lock of this checkout. The kernel lifts it when this process and those that it started end.
+lock() {
+  mkdir -p .cache
+  exec 9>>.cache/install.lock
+  "$BASE" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null && return
+  echo "waiting for another make in $HERE" >&2
+  "$BASE" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+}
+
+# DVC wants to be told where there is no git: in a download, even inside another repository.
+tell_dvc() {
+  local has_git=yes has_setting=no
+  [ -e .git ] || has_git=no
+  ! grep -qs '^ *no_scm *=' .dvc/config.local || has_setting=yes
+  [ -d .dvc ] && [ $has_git = $has_setting ] || return 0
+  "$BASE" - $has_git <<'EOF'
+import configparser, sys
+
+config = configparser.RawConfigParser()
+config.read(".dvc/config.local", encoding="utf-8")
+if sys.argv[1] == "yes":
+    config.remove_option("core", "no_scm")
+else:
+    config.setdefault("core", {})
+    config.set("core", "no_scm", "true")
+with open(".dvc/config.local", "w", encoding="utf-8") as file:
+    config.write(file)
+EOF
 }
 
 check_disk() {
@@ -45,7 +76,8 @@ check_disk() {
 hand_on() {
   local value
   [ -z "${!2:-}" ] || return 0
-  value=$("$BASE" -m pip config list 2>/dev/null | sed -n "s/^[^ ]*\.$1='\(.*\)'\$/\1/p" | tail -n 1)
+  value=$("$BASE" -m pip config list 2>/dev/null | sed -n "s/^[^ ]*\.$1='\(.*\)'\$/\1/p" | tail -n 1) ||
+    return 0
   [ -z "$value" ] || export "$2=$value"
 }
 
@@ -60,7 +92,8 @@ get_uv() {
   [ "$(cat .tools/.installed 2>/dev/null)" != "$(cat locks/uv.txt)" ] || return 0
   rm -rf .tools
   "$BASE" -m pip --version >/dev/null 2>&1 ||
-    fail "$BASE has no pip, which fetches the installer: install python3-pip"
+    fail "$BASE has no pip, which fetches the installer: install python3-pip (on Debian and" \
+      "Ubuntu: apt install python3-pip)"
   if ! log=$("$BASE" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
     --require-hashes --target .tools -r locks/uv.txt 2>&1); then
     fail "pip could not fetch the installer uv: $log"
@@ -112,6 +145,8 @@ case $DEVICE in
   *) fail "DEVICE is $DEVICE: expected cpu or gpu" ;;
 esac
 BASE=$(find_python)
+lock
+tell_dvc
 for part in "$@"; do
   case $part in
     main)

@@ -43,11 +43,13 @@ __all__ = [
     "LocalTritonError",
     "find_installation",
     "main",
+    "uses_gpu",
 ]
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+ENVIRONMENT = Path(".venv-triton")
 SUPPORTED_PYTHONS = ("3.11", "3.12")  # what numpy 1.26 and the wheel's backend processes share
 REMEDY = "Run `make environments`"
 _LISTENERS = ("http", "grpc", "metrics")
@@ -55,10 +57,12 @@ BACKENDS = Path(__file__).parent / "backends"
 CLIENT = Path(__file__).parents[1] / "client" / "src" / "chestct"
 NGINX_CONFIG = Path(__file__).parent / "nginx.conf.template"
 PROBE_TIMEOUT_S = 30.0
+DRIVER_TIMEOUT_S = 30.0
 RESTART_LIMIT = 3
 RESTART_WINDOW_S = 300.0
 KILL_MARGIN_S = 5.0  # Triton itself needs up to 3 s after its last request
 _PORT_ATTEMPTS = 5
+_CUDA_PROVIDER = "lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so"
 _GUARD = "--guard"
 _KILL = signal.SIGUSR1  # to the guard: end the server without draining
 _ADMIN_HEADER = "admin-key"
@@ -256,6 +260,30 @@ def _write_backends(installation: Installation, folder: Path) -> None:
         )
 
 
+def _is_plain(path: str | Path) -> bool:
+    """Whether a path can stand in Triton's command lines for its backend processes.
+
+    They go through bash, and Triton does not quote them.
+    """
+    return re.fullmatch(r"[\w./+-]*", str(path)) is not None
+
+
+def _make_run_directory() -> Path:
+    """A temporary folder for the server's files."""
+    usual = tempfile.gettempdir()
+    folder = usual if _is_plain(usual) else "/tmp"
+    return Path(tempfile.mkdtemp(prefix="local-triton-", dir=folder))
+
+
+def _plain_link(path: Path, link: Path) -> Path:
+    """The path itself, absolute, or else `link`, made to point to it."""
+    if _is_plain(path.absolute()):
+        return path.absolute()
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.absolute())
+    return link
+
+
 def _models_of(repository: Path) -> list[str]:
     return sorted(config.parent.name for config in repository.glob("*/config.pbtxt"))
 
@@ -275,15 +303,26 @@ def _check_repository(repository: Path, models: Sequence[str]) -> None:
         )
 
 
-def nvidia_driver_answers() -> bool:
-    """Whether there is a GPU: without one, `configs/cpu.pbtxt` of a model goes before its own."""
+def uses_gpu(environment: Path = ENVIRONMENT) -> bool:
+    """Whether the server gets the GPU; if not, `configs/cpu.pbtxt` precedes a model's own config.
+
+    The environment variable DEVICE=gpu must ask for it, the ONNX Runtime of `environment` must be
+    built for CUDA (that of `serving/requirements.txt` is not), and a driver must answer. Otherwise
+    GPUs are hidden from the server, where `KIND_AUTO` would choose one that nothing can use.
+    """
+    asked = os.environ.get("DEVICE") == "gpu"
+    return asked and any(environment.glob(_CUDA_PROVIDER)) and _nvidia_driver_answers()
+
+
+def _nvidia_driver_answers() -> bool:
     command = shutil.which("nvidia-smi")
     if command is None:
         return False
     try:
-        return subprocess.run([command, "-L"], capture_output=True, timeout=30).returncode == 0
+        done = subprocess.run([command, "-L"], capture_output=True, timeout=DRIVER_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return False
+    return done.returncode == 0
 
 
 def _check_free(name: str, port: int) -> None:
@@ -364,7 +403,7 @@ class LocalTriton:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
-        environment: Path = Path(".venv-triton"),
+        environment: Path = ENVIRONMENT,
         control_mode: Literal["none", "poll", "explicit"] = "none",
         models: Sequence[str] = (),
         ready_timeout_s: float = 120.0,
@@ -472,8 +511,14 @@ class LocalTriton:
         if self._models or self._control_mode != "explicit":
             _check_repository(self._repository, self._models)
         self._installation = find_installation(self._environment)
+        if os.environ.get("DEVICE") == "gpu" and not uses_gpu(self._environment):
+            logger.warning(
+                "DEVICE=gpu: no NVIDIA driver answers, or the ONNX Runtime in %s is not built for "
+                "CUDA; models are served on the CPU",
+                self._environment,
+            )
         try:
-            self._run_directory = Path(tempfile.mkdtemp(prefix="local-triton-"))
+            self._run_directory = _make_run_directory()
             _write_backends(self._installation, self._run_directory / "backends")
             for attempt in range(1, _PORT_ATTEMPTS + 1):
                 self._choose_ports()
@@ -654,13 +699,13 @@ class LocalTriton:
         restricted = f"{_RESTRICTED}:{_ADMIN_HEADER}={self.admin_key}"
         return [
             str(installation.server / "bin" / "tritonserver"),
-            f"--model-repository={self._repository.absolute()}",
+            f"--model-repository={_plain_link(self._repository, backends.parent / 'models')}",
             f"--model-control-mode={self._control_mode}",
             *(["--repository-poll-secs=1"] if self._control_mode == "poll" else []),
             *(f"--load-model={name}" for name in self._models),
             # The exported configs are complete, and guessing costs each model a second.
             "--disable-auto-complete-config",
-            *([] if nvidia_driver_answers() else ["--model-config-name=cpu"]),
+            *([] if uses_gpu(self._environment) else ["--model-config-name=cpu"]),
             f"--backend-directory={backends}",
             f"--cache-directory={installation.server / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
@@ -691,6 +736,7 @@ class LocalTriton:
                 "PATH": f"{installation.bin}:{os.environ.get('PATH', os.defpath)}",
                 "LD_LIBRARY_PATH": installation.library_path,
                 **{k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "NVIDIA_"))},
+                **({} if uses_gpu(self._environment) else {"CUDA_VISIBLE_DEVICES": "-1"}),
             },
             "parent_pid": os.getpid(),
             "kill_after_s": self._exit_timeout_s + KILL_MARGIN_S,
@@ -869,7 +915,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=text)
     parser.add_argument(
-        "--environment", type=Path, default=Path(".venv-triton"), help="Triton's own environment"
+        "--environment", type=Path, default=ENVIRONMENT, help="Triton's own environment"
     )
     parser.add_argument(
         "--address",

@@ -155,8 +155,9 @@ def project_imports(file: Path) -> set[str]:
 
 def test_dvc_stages_depend_on_all_code_that_they_run():
     stages = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text())["stages"]
-    # Errors and the shape of a line decide no result; the page of the client neither.
-    harmless = {f"client/src/chestct/{name}.py" for name in ("errors", "batch", "report", "cli")}
+    # Errors, proxies and the shape of a line decide no result; the page of the client neither.
+    harmless_names = ("errors", "batch", "report", "cli", "proxies")
+    harmless = {f"client/src/chestct/{name}.py" for name in harmless_names}
     for name, stage in stages.items():
         commands = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
         for command in commands:

@@ -41,6 +41,7 @@ from training.model import (
     logits_from,
     pooled_features,
     set_domain,
+    set_up_tensorflow,
     widths_of,
     with_temperature,
 )
@@ -181,6 +182,7 @@ def fit(config: FitConfig) -> Path:
         chestct.errors.ScanDecodeError: A scan cannot be read.
         OSError: The output cannot be written.
     """
+    set_up_tensorflow()
     import keras
     import tensorflow as tf
 

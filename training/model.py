@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,24 @@ SHARE_FLOOR = 0.01
 GREY_CENTER = 128.0  # what a compressed network subtracts: then a scan is exactly a signed byte
 
 Features = npt.NDArray[np.float32]
+
+
+def set_up_tensorflow() -> None:
+    """Set TensorFlow's devices; call it before TensorFlow computes, as often as you like.
+
+    The CPU is the default; the environment variable DEVICE=gpu asks for the GPU. There TensorFlow
+    takes memory as it needs it, and TF32 is off: it keeps ten bits of the mantissa, with which a
+    reference is no reference (parity allows 1e-5).
+    """
+    if os.environ.get("DEVICE", "cpu") != "gpu":
+        # CUDA reads it when the first device is asked for.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    import tensorflow as tf
+
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    for gpu in tf.config.list_physical_devices("GPU"):
+        if not tf.config.experimental.get_memory_growth(gpu):
+            tf.config.experimental.set_memory_growth(gpu, True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ def build_classifier(
         temperature: Divisor of the logits before the softmax (Guo et al. 2017).
         widths: Output channels of the 13 convolutions.
     """
+    set_up_tensorflow()
     import keras
     from keras import layers
 
@@ -201,6 +221,7 @@ def load_trained(folder: Path) -> tuple[keras.Model, ModelFacts]:
         raise ValueError(
             f"{folder}: no {' and no '.join(missing)} in it; run python -m training.fit"
         )
+    set_up_tensorflow()
     import keras
 
     facts = ModelFacts.from_parameters(json.loads((folder / "facts.json").read_text()))

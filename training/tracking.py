@@ -15,21 +15,35 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from chestct.proxies import is_loopback, url_proxy
 from training.command import run_command
 
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "chestct"
 LOCAL_STORE = "sqlite:///mlflow.db"
+LOCAL_DATABASE = Path("mlflow.db")
+# Columns of MLflow's database that hold addresses of artifacts.
+ARTIFACT_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("trace_tags", "value"),
+)
+CHECKOUT = Path(__file__).resolve().parents[1]
 FOLD_TAG = "fold"  # of the runs that a cross-validation is made of
 
 _tags_of_new_runs: ContextVar[Mapping[str, str] | None] = ContextVar("tags", default=None)
@@ -124,6 +138,9 @@ def connected() -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()).lower())
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    _reach_loopback_directly()
+    if store_address() == LOCAL_STORE:
+        relocate_artifacts(LOCAL_DATABASE)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -132,6 +149,69 @@ def connected() -> Iterator[Any]:
         yield mlflow
     except MlflowException as error:
         raise ValueError(_in_one_line(error)) from error
+
+
+def relocate_artifacts(database: Path) -> None:
+    """Point a local store whose folder was moved or copied to the artifacts that lie beside it.
+
+    MLflow records absolute addresses, `FOLDER/mlruns/EXPERIMENT/...`. Those of another folder than
+    the database's own are rewritten in one transaction. Nothing is done where they are right, nor
+    to experiments that somebody placed elsewhere.
+
+    Args:
+        database: MLflow's SQLite database; it need not exist.
+
+    Raises:
+        ValueError: The database cannot be read or rewritten; it is as it was.
+    """
+    if not database.is_file():
+        return
+    try:
+        _relocate(database, str(database.resolve().parent / "mlruns"))
+    except sqlite3.Error as error:
+        raise ValueError(f"{database}: no store of MLflow that can be used: {error}") from error
+
+
+def _relocate(database: Path, here: str) -> None:
+    with closing(sqlite3.connect(database, timeout=60, isolation_level=None)) as store:
+        if not _former_folders(store, here):
+            return
+        store.execute("BEGIN IMMEDIATE")  # of two processes the second finds nothing to do
+        try:
+            tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master")}
+            for former in _former_folders(store, here):
+                for table, column in ARTIFACT_ADDRESSES:
+                    if table in tables:
+                        store.execute(
+                            f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                            f"WHERE substr({column}, 1, ?) = ?",
+                            (f"{here}/", len(former) + 2, len(former) + 1, f"{former}/"),
+                        )
+                logger.info("the artifacts recorded in %s are those in %s now", former, here)
+            store.execute("COMMIT")
+        except BaseException:
+            store.execute("ROLLBACK")
+            raise
+
+
+def _former_folders(store: sqlite3.Connection, here: str) -> set[str]:
+    """The folders `mlruns`, other than `here`, of experiments in the place that is the default."""
+    try:
+        rows = store.execute("SELECT artifact_location, experiment_id FROM experiments").fetchall()
+    except sqlite3.OperationalError:  # MLflow has not laid out its tables yet
+        return set()
+    found = (re.fullmatch(r"(/.*/mlruns)/(\d+)", location or "") for location, _ in rows)
+    matches = zip(found, (number for _, number in rows), strict=True)
+    return {m[1] for m, number in matches if m and m[2] == str(number) and m[1] != here}
+
+
+def _reach_loopback_directly() -> None:
+    """Make requests, which MLflow sends by, take no proxy to a server on this machine."""
+    host = urlsplit(store_address()).hostname or ""
+    if is_loopback(host):
+        known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        if host not in known.split(","):
+            os.environ["no_proxy"] = f"{known},{host}".lstrip(",")
 
 
 def _in_one_line(error: Any) -> str:
@@ -146,6 +226,9 @@ def _in_one_line(error: Any) -> str:
         )
     if 400 <= status < 500:
         return f"MLflow at {shown_address()}: {said}"
+    proxy = url_proxy(store_address())
+    if proxy is not None:
+        said = f"{said} ({proxy})"
     return (
         f"MLflow at {shown_address()} does not answer as expected: {said}; check "
         "MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or unset "
@@ -190,7 +273,7 @@ def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
                     raise
                 logger.warning("run %s is not in %s: a new one begins", run_id, shown_address())
                 run_id = None
-        begun = {} if run_id else {"git_commit": git_commit(), **(_tags_of_new_runs.get() or {})}
+        begun = {} if run_id else {**_commit_tags(), **(_tags_of_new_runs.get() or {})}
         # A run that goes on keeps the name that it began with.
         active = mlflow.start_run(run_id=run_id, run_name=None if run_id else name, tags=begun)
         status = "FAILED"
@@ -205,13 +288,27 @@ def tracked_run(name: str, run_id: str | None = None) -> Iterator[Run]:
 
 
 def git_commit() -> str:
-    """The commit of the checkout, with `-dirty` where files differ from it; `unknown` outside."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this checkout, with `-dirty` where files differ from it, or `unknown`.
+
+    A download without `.git` has no commit, even where it lies inside another repository.
+    """
+    if not (CHECKOUT / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40"]
+    command.append("--exclude=*")
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def _commit_tags() -> dict[str, str]:
+    commit = git_commit()
+    if commit == "unknown":
+        # MLflow's own tag would hold the commit of a repository that the folder happens to lie in.
+        return {"git_commit": commit, "mlflow.source.git.commit": commit}
+    return {"git_commit": commit}
 
 
 def main(argv: list[str] | None = None) -> int:

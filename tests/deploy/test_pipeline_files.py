@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -172,6 +173,13 @@ def test_trigger_starts_the_job_and_waits_for_its_number(jenkins):
         ("GET", "/queue/item/7/api/json"),
     ]
     assert {header for *_, header in jenkins.seen} == {"Basic bWU6YS10b2tlbg=="}
+
+
+def test_trigger_on_this_machine_takes_no_proxy(jenkins):
+    with socket.create_server(("127.0.0.1", 0)) as dead:
+        proxy = f"http://127.0.0.1:{dead.getsockname()[1]}"
+    done = trigger(jenkins.url, http_proxy=proxy, https_proxy=proxy, ALL_PROXY=proxy)
+    assert (done.returncode, done.stdout) == (0, "trigger: started 42\n"), done.stderr
 
 
 def test_trigger_gives_the_token_to_no_command_line(jenkins, tmp_path):

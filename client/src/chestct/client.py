@@ -41,6 +41,7 @@ from chestct.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from chestct.proxies import Proxy, grpc_proxy, is_loopback
 from chestct.region import Region, SharedAnswer
 
 __all__ = ["AsyncScanClient", "Health", "Predictions", "ScanClient", "TLSOptions"]
@@ -226,7 +227,8 @@ class _Session:
         """Checks the arguments; nothing is sent before `connect`.
 
         Args:
-            url: grpc://HOST:PORT, grpcs://, http:// or https://.
+            url: grpc://HOST:PORT, grpcs://, http:// or https://. gRPC takes the proxies of the
+                environment, except to loopback (`chestct.proxies`); HTTP connects directly.
             model: Name of the model.
             version: Version of the model; empty for the one that the server chooses.
             timeout_s: Deadline of one request of at most `max_batch_size` scans, retries included.
@@ -243,6 +245,7 @@ class _Session:
             ValueError: An argument out of range, or an address of another form.
         """
         self._is_grpc, self._is_secure, self._address = _parse_url(url)
+        self._host = urlsplit(url).hostname or ""
         if tls is not None and not self._is_secure:
             raise ValueError(f"{url}: certificates need grpcs:// or https://")
         for name, value in (("timeout_s", timeout_s), ("connect_timeout_s", connect_timeout_s)):
@@ -263,6 +266,7 @@ class _Session:
         self._known: _Served | None = None
         self._wire: Any = None
         self._wire_timeout_s = timeout_s
+        self._proxy: Proxy | None = None
         self._shares_memory = shared_memory != "off"
         self._needs_memory = shared_memory == "on"
         # One for each request that was ever under way at once.
@@ -503,8 +507,9 @@ class _Session:
 
         `channel_args` replaces all of tritonclient's own, so message sizes and keepalive (a ping
         a minute, during calls only) are given too; the reconnect times make `connect` see a
-        server soon after it starts.
+        server soon after it starts. A server on loopback is never reached through a proxy.
         """
+        self._proxy = grpc_proxy(self._host)
         return {
             "ssl": self._is_secure,
             "root_certificates": _text(self._tls.ca),
@@ -519,6 +524,7 @@ class _Session:
                 ("grpc.http2.max_pings_without_data", 2),
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.enable_http_proxy", int(not is_loopback(self._host))),
             ],
         }
 
@@ -605,7 +611,7 @@ class ScanClient(_Session):
                 return getattr(wire, step.method)(**step.arguments, client_timeout=step.timeout_s)
             return getattr(self._http_wire(step.timeout_s), step.method)(**step.arguments)
         except Exception as error:  # of four libraries below tritonclient
-            return _server_error(error, self.url, step.timeout_s)
+            return _server_error(error, self.url, step.timeout_s, self._proxy)
 
     def _grpc_wire(self) -> Any:
         if self._wire is None:
@@ -690,7 +696,7 @@ class AsyncScanClient(_Session):
             async with asyncio.timeout(step.timeout_s):
                 return await getattr(self._http_wire(), step.method)(**step.arguments)
         except Exception as error:  # of four libraries below tritonclient
-            return _server_error(error, self.url, step.timeout_s)
+            return _server_error(error, self.url, step.timeout_s, self._proxy)
 
     def _grpc_wire(self) -> Any:
         if self._wire is None:
@@ -733,7 +739,9 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _server_error(error: Exception, url: str, timeout_s: float) -> ServerError:
+def _server_error(
+    error: Exception, url: str, timeout_s: float, proxy: Proxy | None = None
+) -> ServerError:
     """The error of our own tree that tells what went wrong below, with its cause."""
     from tritonclient.utils import InferenceServerException
 
@@ -752,6 +760,8 @@ def _server_error(error: Exception, url: str, timeout_s: float) -> ServerError:
         kind = ServerUnavailableError
     if kind is InferenceTimeoutError:
         text = f"no answer within {timeout_s:.3g} s"
+    if proxy is not None and kind in (ServerUnavailableError, InferenceTimeoutError):
+        text = f"{text} ({proxy})"
     translated = kind(f"{url}: {text}")
     translated.__cause__ = error
     return translated
