@@ -21,6 +21,7 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from chestct.contract import ModelFacts, Window, input_spec, output_specs
+from tests.support.ports import free_port
 
 LABELS = ("adenocarcinoma", "large_cell", "normal", "squamous_cell")
 FACTS = ModelFacts(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
@@ -258,8 +259,11 @@ class HttpServer(ThreadingHTTPServer):
 class Peer:
     """A running server, its model and its address."""
 
-    def __init__(self, protocol: str, tls: Any = None, port: int = 0) -> None:
+    def __init__(
+        self, protocol: str, tls: Any = None, port: int = 0, parameters: Any = None
+    ) -> None:
         self.model = FakeModel()
+        self.model.parameters |= parameters or {}
         scheme = protocol if tls is None else f"{protocol}s"
         if protocol == "http":
             self.http = HttpServer(self.model, tls)
@@ -304,10 +308,8 @@ def grpc_peer(make_peer: Callable[..., Peer]) -> Peer:
 
 
 @pytest.fixture
-def closed_port_url(make_peer: Callable[..., Peer]) -> str:
-    peer = make_peer("http")
-    peer.die()
-    return peer.url.replace("http", "grpc")
+def closed_port_url() -> str:
+    return f"grpc://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture

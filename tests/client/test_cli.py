@@ -114,7 +114,7 @@ def test_table_is_signed_even_when_nothing_was_classified(
     signature = ["model chestct version 1, run run-7", NOT_A_MEDICAL_DEVICE]
     assert capsys.readouterr().out.splitlines()[2:] == signature
     peer.model.dies_at_request = 1
-    assert classify(scan_folder / "0 (1).png", "--url", peer.url) == 3
+    assert classify(scan_folder / "0 (1).png", "--url", peer.url, "--patience-s", 0.2) == 3
     assert capsys.readouterr().out.splitlines()[1:] == signature
 
 
@@ -315,7 +315,8 @@ def test_death_in_the_middle_keeps_what_is_done(
 ) -> None:
     output = tmp_path / "out.jsonl"
     peer.model.dies_at_request = 3
-    assert classify(good_folder, "--url", peer.url, "--batch-size", 1, "--output", output) == 3
+    options = ("--batch-size", 1, "--output", output, "--patience-s", 0.2)
+    assert classify(good_folder, "--url", peer.url, *options) == 3
     done = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["path"] for line in done] == [
         str(good_folder / f"{index} (1).png") for index in range(len(done))
