@@ -37,6 +37,8 @@ CHESTCT = Path(sys.executable).with_name("chestct")
 FACTS = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
 SECRETS = ("SECRET", "1.2.826.0.1.88")
 NUM_SLICES = 6
+# A sender that stalls never splits its series.
+AT_RELEASE = ("--at-release", "--quiet-s", "3600")
 COPIED = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
     "StudyInstanceUID", "AccessionNumber", "StudyID", "StudyDescription",
@@ -139,7 +141,7 @@ class Orthanc:
             "HttpPort": self.http_port, "RemoteAccessAllowed": False, "DicomCheckCalledAet": True,
             "AuthenticationEnabled": False, "Plugins": [], "DicomAlwaysAllowStore": True,
             "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"),
-            "HttpsCACertificates": "", "StableAge": 1,
+            "HttpsCACertificates": "", "StableAge": 1, "DicomAssociationCloseDelay": 0,
         }  # fmt: skip
         (folder / "orthanc.json").write_text(json.dumps(config))
         self._log = (folder / "orthanc.log").open("wb")
@@ -211,7 +213,7 @@ def test_study_pushed_by_orthanc_comes_back_as_reports_in_the_same_study(
     triton, orthanc, study, start_node
 ):
     (study_id,) = {orthanc.post("/instances", file.read_bytes())["ParentStudy"] for file in study}
-    node = start_node(triton.grpc_url, f"ORTHANC@127.0.0.1:{orthanc.dicom_port}")
+    node = start_node(triton.grpc_url, f"ORTHANC@127.0.0.1:{orthanc.dicom_port}", *AT_RELEASE)
     peer = {"AET": "CHESTCT", "Host": "127.0.0.1", "Port": node.port}
     orthanc.call("/modalities/chestct", json.dumps(peer).encode(), "PUT")
     orthanc.post("/modalities/chestct/echo", b"{}")
@@ -281,9 +283,8 @@ def test_kill_9_in_every_state_loses_nothing_and_sends_nothing_twice(
     """
     series = {number: write_series(tmp_path / f"series{number}", number, 3) for number in range(4)}
     send_to = f"STORESCP@127.0.0.1:{store_scp.port}"
-    waiting = ("--no-capture", "--quiet-s", "3600")
     # Killed with the second object on its way; what was not acknowledged is sent again.
-    node = start_node(triton.grpc_url, send_to, *waiting)
+    node = start_node(triton.grpc_url, send_to, "--no-capture", "--quiet-s", "3600")
     assert send(node.port, series[0][:1]) == 1
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send, node.port, series[0][1:])
@@ -291,7 +292,7 @@ def test_kill_9_in_every_state_loses_nothing_and_sends_nothing_twice(
         node.stop(signal.SIGKILL)
         num_sent = 1 + sending.result()
     # In the middle of classifying.
-    node = start_node(triton.grpc_url, send_to, *waiting, "--at-release")
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
     os.kill(triton.pid, signal.SIGSTOP)
     try:
         assert send(node.port, series[1]) == 3
@@ -300,7 +301,7 @@ def test_kill_9_in_every_state_loses_nothing_and_sends_nothing_twice(
     finally:
         os.kill(triton.pid, signal.SIGCONT)
     # Classified, not yet delivered; the peer hangs in the middle of taking the report.
-    node = start_node(triton.grpc_url, send_to, *waiting, "--at-release")
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
     store_scp.signal(signal.SIGSTOP)
     try:
         assert send(node.port, series[2]) == 3
@@ -310,12 +311,12 @@ def test_kill_9_in_every_state_loses_nothing_and_sends_nothing_twice(
         store_scp.signal(signal.SIGCONT)
     # As soon as the peer has taken one.
     before = store_scp.num_requests
-    node = start_node(triton.grpc_url, send_to, *waiting, "--at-release")
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
     assert send(node.port, series[3]) == 3
     until(lambda: store_scp.num_requests > before, "a delivery")
     node.stop(signal.SIGKILL)
 
-    node = start_node(triton.grpc_url, send_to, *waiting, "--at-release")
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
     assert send(node.port, series[0][num_sent:]) == 3 - num_sent
     node.stop()
     node = start_node(triton.grpc_url, send_to, "--no-capture", "--quiet-s", "0.1")
@@ -343,8 +344,7 @@ def test_node_outlives_a_server_that_is_away(
     node = start_node(
         f"grpc://127.0.0.1:{grpc_port}",
         f"STORESCP@127.0.0.1:{store_scp.port}",
-        "--connect-timeout-s",
-        "1",
+        *("--connect-timeout-s", "1", *AT_RELEASE),
     )
     assert send(node.port, study) == NUM_SLICES
     until(lambda: "Trying again" in node.text())
