@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import ssl
 import threading
 import time
@@ -25,7 +24,6 @@ from tests.support.ports import free_port
 
 LABELS = ("adenocarcinoma", "large_cell", "normal", "squamous_cell")
 FACTS = ModelFacts(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
-CHECKOUT = Path(__file__).parents[2]
 
 
 def _unchanged(_: str, value: Any) -> Any:
@@ -358,12 +356,4 @@ def scan_folder(tmp_path: Path, chest_slice: Callable[..., np.ndarray]) -> Path:
     whole = (folder / "3 (1).png").read_bytes()
     (folder / "2 torn.png").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("not a scan")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def real_scans() -> Path:
-    folder = Path(os.environ.get("CHESTCT_REAL_SCANS", CHECKOUT / "../shared/data")).resolve()
-    if not folder.is_dir():
-        pytest.skip("no real scans: set CHESTCT_REAL_SCANS to a folder that holds them")
     return folder

@@ -319,6 +319,7 @@ def test_a_slice_that_needs_too_much_memory_leaves_the_rest_of_the_archive(make_
     assert "memory" in lines[1]["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_slice_at_which_its_worker_dies_leaves_the_rest_of_the_archive(make_page, files):
     page = make_page("--workers", "1", settings="decode_timeout_s=4.0")
     wait_for_model(page)
