@@ -22,9 +22,10 @@ def test_a_group_of_tests_stays_in_one_worker(tmp_path):
     log = tmp_path / "workers"
     (tmp_path / "test_grouped.py").write_text(GROUPED.format(log=str(log)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup"]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing the others takes seconds
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "test_grouped.py"],
+        [*command, "-n", "2", "--dist", "loadgroup", "test_grouped.py"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
