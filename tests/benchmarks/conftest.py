@@ -18,6 +18,7 @@ CLASSES = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.ca
 FACTS = ModelFacts(CLASSES, LUNG_WINDOW, 1.0, 30.0, "a-run", "0" * 64)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses `published`, or measures, runs in one worker, which builds it once."""
     for item in items:
