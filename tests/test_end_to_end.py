@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,12 @@ from chestct.scan import list_scans, load_scan
 from export.onnx import sha256_of
 from export.parity import Tolerance, compare, keras_runner, triton_runner
 from export.repository import RepositoryConfig, parsed_config, write_repository
-from serving.local import LocalTriton
+from tests.support.triton import serve
+from tests.support.waiting import until
 from training.model import load_trained
 from training.phantom import dicom_from_phantom, make_phantom, write_png
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("end-to-end")]
 CHESTCT = Path(sys.executable).with_name("chestct")
 
 
@@ -46,7 +46,7 @@ def repository(trained, exported, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def triton(repository, triton_environment):
-    with LocalTriton(repository, environment=triton_environment) as server:
+    with serve(repository, triton_environment) as server:
         yield server
 
 
@@ -191,17 +191,14 @@ def test_killed_backend_is_noticed_and_the_next_answer_is_right(repository, trit
     import threading
 
     stop = threading.Event()
-    with LocalTriton(repository, environment=triton_environment) as server:
+    with serve(repository, triton_environment) as server:
         watcher = threading.Thread(target=server.watch, args=(stop,), kwargs={"period_s": 0.5})
         watcher.start()
         try:
             before = server.pid
             for stub in stub_processes(before):
                 os.kill(stub, signal.SIGKILL)
-            deadline = time.monotonic() + 90
-            while server.pid == before and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert server.pid != before
+            until(lambda: server.pid != before, "the restart")
             with ScanClient(server.grpc_url, connect_timeout_s=60) as client:
                 assert client.classify(np.zeros((1, 224, 224, 1), np.uint8)).labels
         finally:
@@ -227,17 +224,15 @@ def test_server_that_goes_away_ends_the_batch_with_exit_code_3(
     for number in range(400):
         (many / f"{number:04}.png").write_bytes(scan)
     output = tmp_path / "lines.jsonl"
-    with LocalTriton(repository, environment=triton_environment) as server:
+    with serve(repository, triton_environment) as server:
         running = subprocess.Popen(
             [
                 CHESTCT, "classify", str(many),
-                "--url", server.grpc_url, "--output", str(output), "--timeout-s", "20",
+                "--url", server.grpc_url, "--output", str(output), "--patience-s", "0.5",
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: output.exists() and output.stat().st_size, "the first line")
     said = running.communicate(timeout=120)[1]
     assert running.returncode == 3, said
     assert "Traceback" not in said
@@ -270,7 +265,7 @@ def test_model_with_another_contract_is_refused_before_a_pixel_is_sent(
     described.parameters["input_size"].string_value = "299"
     config.write_text(text_format.MessageToString(described))
     with (
-        LocalTriton(other, environment=triton_environment) as server,
+        serve(other, triton_environment) as server,
         pytest.raises(
             ContractError, match=r"(?s)training_run.*input_size|input_size.*training_run"
         ),

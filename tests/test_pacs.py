@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
+import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,56 +26,35 @@ from chestct.scan import inspect_scan
 from chestct.series import SeriesSlice, series_record
 from chestct.sr import classify_series
 from serving.local import LocalTriton
+from tests.support.dcmtk import StoreScp, program
+from tests.support.ports import free_port
+from tests.support.triton import LABELS, config_parameters, serve
+from tests.support.waiting import until
 from training.phantom import dicom_from_phantom, make_phantom
 
 pytestmark = pytest.mark.server
 CHESTCT = Path(sys.executable).with_name("chestct")
-LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
 FACTS = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
 SECRETS = ("SECRET", "1.2.826.0.1.88")
 NUM_SLICES = 6
+# A sender that stalls never splits its series.
+AT_RELEASE = ("--at-release", "--quiet-s", "3600")
 COPIED = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
     "StudyInstanceUID", "AccessionNumber", "StudyID", "StudyDescription",
 )  # fmt: skip
 
 
-def program(name: str) -> str:
-    """A Debian program; pynetdicom installs others by the names of dcmtk into the environment."""
-    found = shutil.which(name, path="/usr/bin:/usr/sbin:/usr/local/bin:/opt/homebrew/bin")
-    if found is None:
-        pytest.skip(f"no {name}: see .ci/run for the Debian packages")
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 90) -> Any:
-    deadline_s = time.monotonic() + timeout_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.1)
-    return result
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, write_model) -> Path:
     folder = tmp_path_factory.mktemp("repository")
-    parameters = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
-        for key, value in FACTS.to_parameters().items()
-    )
-    write_model(folder, "chestct", parameters, num_labels=len(FACTS.labels))
+    write_model(folder, "chestct", config_parameters(FACTS), num_labels=len(LABELS))
     return folder
 
 
 @pytest.fixture(scope="module")
 def triton(repository, triton_environment) -> Iterator[LocalTriton]:
-    with LocalTriton(repository, environment=triton_environment, exit_timeout_s=5) as server:
+    with serve(repository, triton_environment) as server:
         yield server
 
 
@@ -118,7 +95,7 @@ class Node:
         command = [CHESTCT, "listen", "--queue", self.queue, "--url", url, "--send-to", send_to]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--port", "0", "--quiet-s", "2", *options], stdout=log, stderr=log
+                [*command, "--port", "0", *options], stdout=log, stderr=log
             )
         until(lambda: self.text().count("listens on") > before or self.process.poll() is not None)
         assert self.process.poll() is None, self.text()
@@ -164,7 +141,7 @@ class Orthanc:
             "HttpPort": self.http_port, "RemoteAccessAllowed": False, "DicomCheckCalledAet": True,
             "AuthenticationEnabled": False, "Plugins": [], "DicomAlwaysAllowStore": True,
             "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"),
-            "HttpsCACertificates": "", "StableAge": 1,
+            "HttpsCACertificates": "", "StableAge": 1, "DicomAssociationCloseDelay": 0,
         }  # fmt: skip
         (folder / "orthanc.json").write_text(json.dumps(config))
         self._log = (folder / "orthanc.log").open("wb")
@@ -236,7 +213,7 @@ def test_study_pushed_by_orthanc_comes_back_as_reports_in_the_same_study(
     triton, orthanc, study, start_node
 ):
     (study_id,) = {orthanc.post("/instances", file.read_bytes())["ParentStudy"] for file in study}
-    node = start_node(triton.grpc_url, f"ORTHANC@127.0.0.1:{orthanc.dicom_port}")
+    node = start_node(triton.grpc_url, f"ORTHANC@127.0.0.1:{orthanc.dicom_port}", *AT_RELEASE)
     peer = {"AET": "CHESTCT", "Host": "127.0.0.1", "Port": node.port}
     orthanc.call("/modalities/chestct", json.dumps(peer).encode(), "PUT")
     orthanc.post("/modalities/chestct/echo", b"{}")
@@ -276,31 +253,9 @@ def test_study_pushed_by_orthanc_comes_back_as_reports_in_the_same_study(
     assert "Traceback" not in node.text()
 
 
-class StoreScp:
-    """dcmtk's storescp; its log has every request, its folder every object."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder, self.port = folder, free_port()
-        self._log = (folder.parent / "storescp.log").open("wb")
-        self._process = subprocess.Popen(
-            [program("storescp"), "-v", "-uf", "-od", folder, str(self.port)],
-            stdout=self._log, stderr=self._log,
-        )  # fmt: skip
-
-    @property
-    def num_requests(self) -> int:
-        return (self.folder.parent / "storescp.log").read_text().count("Received Store Request")
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-        self._log.close()
-
-
 @pytest.fixture
 def store_scp(tmp_path) -> Iterator[StoreScp]:
-    server = StoreScp(tmp_path / "delivered")
+    server = StoreScp(tmp_path / "delivered", free_port())
     yield server
     server.stop()
 
@@ -314,37 +269,71 @@ def send(port: int, files: list[Path]) -> int:
     return (done.stdout + done.stderr).count("(Success)")
 
 
-def test_kill_9_at_any_moment_loses_nothing_and_sends_nothing_twice(
+def in_state(node: Node, state: str) -> list[Path]:
+    """The series that lie in one state of the node's queue."""
+    return list((node.queue / state).glob("*/*.dcm"))
+
+
+def test_kill_9_in_every_state_loses_nothing_and_sends_nothing_twice(
     triton, store_scp, start_node, tmp_path
 ):
-    """Killed while it receives, classifies and delivers; only what was acknowledged must count."""
-    series = [write_series(tmp_path / f"series{number}", number, 3) for number in (2, 3, 4)]
+    """Killed while it receives, has classified, delivers: only what it acknowledged must count.
+
+    The server or the peer is stopped meanwhile, so that the state lasts until the kill.
+    """
+    series = {number: write_series(tmp_path / f"series{number}", number, 3) for number in range(4)}
     send_to = f"STORESCP@127.0.0.1:{store_scp.port}"
-    moments = random.Random(7)
-    num_kills = 0
-    for files in series:
-        left = files
-        while left:
-            node = start_node(triton.grpc_url, send_to, "--no-capture")
-            left = left[send(node.port, left) :]
-            time.sleep(moments.uniform(0.0, 5.0))
-            node.stop(signal.SIGKILL)
-            num_kills += 1
-    node = start_node(triton.grpc_url, send_to, "--no-capture")
-    until(lambda: not any(node.status().values()))
+    # Killed with the second object on its way; what was not acknowledged is sent again.
+    node = start_node(triton.grpc_url, send_to, "--no-capture", "--quiet-s", "3600")
+    assert send(node.port, series[0][:1]) == 1
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send, node.port, series[0][1:])
+        until(lambda: len(in_state(node, "incoming")) > 1, "the second object")
+        node.stop(signal.SIGKILL)
+        num_sent = 1 + sending.result()
+    # In the middle of classifying.
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
+    os.kill(triton.pid, signal.SIGSTOP)
+    try:
+        assert send(node.port, series[1]) == 3
+        until(lambda: in_state(node, "classifying"), "a series that is classified")
+        node.stop(signal.SIGKILL)
+    finally:
+        os.kill(triton.pid, signal.SIGCONT)
+    # Classified, not yet delivered; the peer hangs in the middle of taking the report.
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
+    store_scp.signal(signal.SIGSTOP)
+    try:
+        assert send(node.port, series[2]) == 3
+        until(lambda: list((node.queue / "sending").glob("*/results/*.dcm")), "a report")
+        node.stop(signal.SIGKILL)
+    finally:
+        store_scp.signal(signal.SIGCONT)
+    # As soon as the peer has taken one.
+    before = store_scp.num_requests
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
+    assert send(node.port, series[3]) == 3
+    until(lambda: store_scp.num_requests > before, "a delivery")
+    node.stop(signal.SIGKILL)
+
+    node = start_node(triton.grpc_url, send_to, "--no-capture", *AT_RELEASE)
+    assert send(node.port, series[0][num_sent:]) == 3 - num_sent
+    node.stop()
+    node = start_node(triton.grpc_url, send_to, "--no-capture", "--quiet-s", "0.1")
+    until(lambda: not any(node.status().values()), "the end of the work")
     assert node.stop() == 0
-    reports = [dcmread(file) for file in store_scp.folder.iterdir()]
-    assert {report.StudyInstanceUID for report in reports} == {
-        f"1.2.826.0.1.88.{number}.1" for number in (2, 3, 4)
-    }
+    reports = [dcmread(file) for file in store_scp.files()]
+    assert sorted(report.StudyInstanceUID for report in reports) == [
+        f"1.2.826.0.1.88.{number}.1" for number in series
+    ]
     for report in reports:
         whole, _ = highdicom.sr.Comprehensive3DSR.from_dataset(
             report
         ).content.get_image_measurement_groups()
         assert len(whole.source_images) == 3
-    assert len(reports) == 3
-    # Between the peer's answer and our note of it a kill costs one more request of the same object.
-    assert 3 <= store_scp.num_requests <= 3 + num_kills
+    # Between the peer's answer and our note of it a kill costs one more request of the same object,
+    # and a peer that was stopped finds the request of a node that is dead.
+    assert 4 <= store_scp.num_requests <= 4 + 2
     assert not any(secret in node.text() for secret in SECRETS)
 
 
@@ -355,16 +344,13 @@ def test_node_outlives_a_server_that_is_away(
     node = start_node(
         f"grpc://127.0.0.1:{grpc_port}",
         f"STORESCP@127.0.0.1:{store_scp.port}",
-        "--connect-timeout-s",
-        "1",
+        *("--connect-timeout-s", "1", *AT_RELEASE),
     )
     assert send(node.port, study) == NUM_SLICES
     until(lambda: "Trying again" in node.text())
     assert node.status()["objects"] == NUM_SLICES
-    with LocalTriton(
-        repository, environment=triton_environment, grpc_port=grpc_port, exit_timeout_s=5
-    ):
-        until(lambda: len(list(store_scp.folder.iterdir())) == 2)
+    with serve(repository, triton_environment, grpc_port=grpc_port):
+        until(lambda: len(store_scp.files()) == 2)
     assert node.stop() == 0
 
 

@@ -46,8 +46,14 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def test_every_room_is_looked_at():
-    assert {room for room, _ in modules()} == set(FORBIDDEN)
-    assert len(modules()) > 25
+    with_code = {path.parent for path in CHECKOUT.glob("*/*.py")} - {
+        CHECKOUT / "docker",
+        CHECKOUT / "tests",
+    }
+    with_code |= {path.parent for path in CHECKOUT.glob("client/src/*/*.py")}
+    assert {room for room, _ in modules()} == {
+        folder.relative_to(CHECKOUT).as_posix() for folder in with_code
+    }
 
 
 @pytest.mark.parametrize(

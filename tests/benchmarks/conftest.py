@@ -3,16 +3,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
+from tests.support.triton import ended_at_once
 
+HERE = Path(__file__).parent
 CHECKOUT = Path(__file__).resolve().parents[2]
 CLASSES = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
 FACTS = ModelFacts(CLASSES, LUNG_WINDOW, 1.0, 30.0, "a-run", "0" * 64)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses `published`, or measures, runs in one worker, which builds it once."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and "published" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("timing"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended_at_once() -> Iterator[None]:
+    with ended_at_once():
+        yield
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from benchmarks import perf_analyzer
 from benchmarks.perf_analyzer import find_perf_analyzer, perf_analyzer_rows, rows_of_table
 from benchmarks.throughput import by_perf_analyzer
 from benchmarks.variants import Variant
-from serving.local import LocalTriton
+from tests.support.triton import serve
 
 # What perf_analyzer 2.60.0 wrote for two requests in flight to a tiny model.
 TABLE = """\
@@ -111,7 +111,7 @@ def test_the_real_one_measures_a_served_model(published):
         pytest.skip("no perf_analyzer on PATH: name it with PERF_ANALYZER")
     environment = published.folder / ".venv-triton"
     repository = published.folder / "model_repository"
-    with LocalTriton(repository, environment=environment, models=("chestct_int8",)) as server:
+    with serve(repository, environment, models=("chestct_int8",)) as server:
         (row,) = perf_analyzer_rows(command, server.grpc_url, "chestct_int8", [2])
         with pytest.raises(ValueError, match="perf_analyzer exited with"):
             perf_analyzer_rows(command, server.grpc_url, "nobody", [1])

@@ -3,21 +3,44 @@ from __future__ import annotations
 import threading
 import time
 
-import numpy as np
 import pytest
 
+from benchmarks.environment import cores
 from benchmarks.server import first_served_answer, statistics_after, statistics_of
 from benchmarks.throughput import Cell, load
 from chestct.client import ScanClient
-from serving.local import LocalTriton
+from tests.support.triton import serve
 
 pytestmark = pytest.mark.server
+
+
+class Counting:
+    """A client that counts its requests, and holds the first ones until all are under way."""
+
+    def __init__(self, client: ScanClient, concurrency: int) -> None:
+        self.model, self._client = client.model, client
+        self._lock, self._all_here = threading.Lock(), threading.Barrier(concurrency, timeout=60)
+        self.num_sent = self.in_flight = self.most_in_flight = 0
+
+    def classify(self, scans):
+        with self._lock:
+            self.num_sent += 1
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            is_first = self.num_sent <= self._all_here.parties
+        if is_first:
+            self._all_here.wait()
+        try:
+            return self._client.classify(scans)
+        finally:
+            with self._lock:
+                self.in_flight -= 1
 
 
 @pytest.fixture(scope="module")
 def triton(published, triton_environment):
     repository = published.folder / "model_repository"
-    with LocalTriton(repository, environment=triton_environment) as server:
+    with serve(repository, triton_environment) as server:
         yield server
 
 
@@ -36,23 +59,24 @@ def test_requests_of_another_client_are_noticed(triton, scan_batch, monkeypatch)
 
 
 def test_load_keeps_so_many_requests_in_flight(triton, scan_batch):
-    """Little's law: requests in flight = rate x time of one, whatever the machine does."""
     cell = Cell()
-    with ScanClient(triton.grpc_url, "chestct_fp32") as client:
+    with ScanClient(triton.grpc_url, "chestct_fp32") as real:
+        client = Counting(real, 4)
         load(
             client,
             scan_batch,
             4,
             warm_up_s=0.2,
-            window_s=1.0,
+            window_s=0.5,
             http_url=triton.http_url,
             into=cell,
         )
-    rate = sum(cell.counts) / sum(cell.seconds)
-    assert rate * np.mean(cell.latency_ms) / 1000 == pytest.approx(4, rel=0.25)
-    assert sum(cell.counts) == pytest.approx(cell.scans, rel=0.1, abs=10)
+    assert client.most_in_flight == 4
+    assert sum(cell.counts) == len(cell.latency_ms) > 0
+    # The server's count begins before the window, ends after it, and lags behind its answers.
+    assert sum(cell.counts) - 4 <= cell.scans <= client.num_sent
     assert 1 <= cell.scans / cell.executions <= 4
-    assert 0 < cell.client_cpu_s <= 1.2 * sum(cell.seconds)
+    assert 0 < cell.client_cpu_s <= 1.2 * cores() * sum(cell.seconds)
     assert not [thread for thread in threading.enumerate() if thread.name.endswith("(work)")]
 
 
@@ -97,8 +121,9 @@ def test_statistics_of_an_unknown_model_are_refused_in_words(triton):
 def test_first_answer_of_a_server_with_one_model(published, triton, monkeypatch):
     """One model takes less than the three that the other server holds."""
     monkeypatch.chdir(published.folder)
+    started = time.perf_counter()
     seconds, memory_mb = first_served_answer(
         published.folder / "model_repository", "chestct_fp32", 8
     )
-    assert 0.1 < seconds < 60
-    assert 50 < memory_mb < 0.8 * triton.peak_memory_mb()
+    assert 0 < seconds < time.perf_counter() - started
+    assert 0 < memory_mb < triton.peak_memory_mb()

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from benchmarks.training import main
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("timing")
 def test_speed_up_is_measured_on_the_same_layers(phantoms, tmp_path, capsys):
     (tmp_path / "train.yaml").write_text(
         f"scans: {phantoms.scans}\nsplit: {phantoms.split}\nweights: random\nepochs: 4\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import ssl
 import threading
 import time
@@ -21,10 +20,10 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from chestct.contract import ModelFacts, Window, input_spec, output_specs
+from tests.support.ports import free_port
 
 LABELS = ("adenocarcinoma", "large_cell", "normal", "squamous_cell")
 FACTS = ModelFacts(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
-CHECKOUT = Path(__file__).parents[2]
 
 
 def _unchanged(_: str, value: Any) -> Any:
@@ -258,8 +257,11 @@ class HttpServer(ThreadingHTTPServer):
 class Peer:
     """A running server, its model and its address."""
 
-    def __init__(self, protocol: str, tls: Any = None, port: int = 0) -> None:
+    def __init__(
+        self, protocol: str, tls: Any = None, port: int = 0, parameters: Any = None
+    ) -> None:
         self.model = FakeModel()
+        self.model.parameters |= parameters or {}
         scheme = protocol if tls is None else f"{protocol}s"
         if protocol == "http":
             self.http = HttpServer(self.model, tls)
@@ -304,10 +306,8 @@ def grpc_peer(make_peer: Callable[..., Peer]) -> Peer:
 
 
 @pytest.fixture
-def closed_port_url(make_peer: Callable[..., Peer]) -> str:
-    peer = make_peer("http")
-    peer.die()
-    return peer.url.replace("http", "grpc")
+def closed_port_url() -> str:
+    return f"grpc://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture
@@ -356,12 +356,4 @@ def scan_folder(tmp_path: Path, chest_slice: Callable[..., np.ndarray]) -> Path:
     whole = (folder / "3 (1).png").read_bytes()
     (folder / "2 torn.png").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("not a scan")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def real_scans() -> Path:
-    folder = Path(os.environ.get("CHESTCT_REAL_SCANS", CHECKOUT / "../shared/data")).resolve()
-    if not folder.is_dir():
-        pytest.skip("no real scans: set CHESTCT_REAL_SCANS to a folder that holds them")
     return folder

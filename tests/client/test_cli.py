@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 import chestct
 from chestct import cli
 from chestct.contract import NOT_A_MEDICAL_DEVICE
+from tests.support.waiting import until
 from training.phantom import dicom_from_phantom, make_phantom, write_dicom
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from chestct.cli import entry_point as e; e()"]
@@ -114,7 +114,7 @@ def test_table_is_signed_even_when_nothing_was_classified(
     signature = ["model chestct version 1, run run-7", NOT_A_MEDICAL_DEVICE]
     assert capsys.readouterr().out.splitlines()[2:] == signature
     peer.model.dies_at_request = 1
-    assert classify(scan_folder / "0 (1).png", "--url", peer.url) == 3
+    assert classify(scan_folder / "0 (1).png", "--url", peer.url, "--patience-s", 0.2) == 3
     assert capsys.readouterr().out.splitlines()[1:] == signature
 
 
@@ -315,7 +315,8 @@ def test_death_in_the_middle_keeps_what_is_done(
 ) -> None:
     output = tmp_path / "out.jsonl"
     peer.model.dies_at_request = 3
-    assert classify(good_folder, "--url", peer.url, "--batch-size", 1, "--output", output) == 3
+    options = ("--batch-size", 1, "--output", output, "--patience-s", 0.2)
+    assert classify(good_folder, "--url", peer.url, *options) == 3
     done = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["path"] for line in done] == [
         str(good_folder / f"{index} (1).png") for index in range(len(done))
@@ -374,9 +375,7 @@ def test_interrupt_keeps_what_is_done(peer: Any, good_folder: Path, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 60
-        while not (output.exists() and output.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: output.exists() and output.read_text(), "the first line")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -577,13 +576,8 @@ def test_watch_takes_each_new_scan_once(
     arguments += ["--url", grpc_peer.url, "--output", str(output)]
 
     def wait_for(count: int) -> list[str]:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            text = output.read_text() if output.exists() else ""
-            if len(text.splitlines()) >= count:
-                break
-            time.sleep(0.05)
-        return [Path(line["path"]).name for line in records_of(text)]
+        until(lambda: output.exists() and output.read_text().count("\n") >= count, f"{count} lines")
+        return [Path(line["path"]).name for line in records_of(output.read_text())]
 
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
         assert len(wait_for(5)) == 5

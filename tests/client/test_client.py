@@ -33,6 +33,7 @@ from chestct.errors import (
     ServerError,
     ServerUnavailableError,
 )
+from tests.support.waiting import until
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -393,10 +394,7 @@ def test_close_leaves_no_http_connection(make_peer: Callable[..., Any], scans: n
     with ScanClient(peer.url) as client:
         client.classify(scans)
         assert len(peer.http.connections) == 1
-    deadline = time.monotonic() + 10
-    while peer.http.connections and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not peer.http.connections
+    until(lambda: not peer.http.connections, "the end of the connection")
 
 
 def test_threads_share_a_grpc_client(grpc_peer: Any, scans: np.ndarray) -> None:

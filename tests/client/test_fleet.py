@@ -14,13 +14,8 @@ import pytest
 from chestct.client import ScanClient
 from chestct.errors import ContractError, ServerUnavailableError
 from chestct.fleet import Fleet, Throttle
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 def rate_of(throttle: Throttle, num_slots: int, num_requests: int, start_s: float = 0.0) -> float:
@@ -39,7 +34,7 @@ def rate_of(throttle: Throttle, num_slots: int, num_requests: int, start_s: floa
 def test_limit_grows_to_what_the_server_works_on_at_once(num_slots: int) -> None:
     throttle = Throttle()
     rate_of(throttle, num_slots, 3000)
-    assert num_slots <= throttle.limit <= num_slots + 2 or throttle.limit == Throttle.FIRST
+    assert num_slots <= throttle.limit <= num_slots + 2
 
 
 def test_limit_is_bounded() -> None:
@@ -101,8 +96,8 @@ def test_slow_server_gets_less(make_peer: Callable[..., Any], scans: np.ndarray)
 def test_dead_server_is_left_out_and_comes_back(
     make_peer: Callable[..., Any], scans: np.ndarray
 ) -> None:
-    peers = [make_peer("grpc"), make_peer("grpc")]
-    port = int(peers[1].url.rpartition(":")[2])
+    port = free_port()
+    peers = [make_peer("grpc"), make_peer("grpc", None, port)]
     with Fleet([peer.url for peer in peers]) as fleet:
         assert len(fleet.well_urls) == 2
         peers[1].die()
@@ -110,7 +105,7 @@ def test_dead_server_is_left_out_and_comes_back(
             assert len(answer.result()[0].labels) == 6
         assert fleet.well_urls == [peers[0].url]
         reborn = make_peer("grpc", None, port)
-        assert wait_until(lambda: len(fleet.well_urls) == 2)
+        until(lambda: len(fleet.well_urls) == 2)
         assert reborn.model.requests  # it came back by a real answer
         for answer in [fleet.submit(scans) for _ in range(40)]:
             answer.result()
@@ -125,7 +120,7 @@ def test_server_that_is_not_there_at_first_joins(
     with Fleet([closed_port_url, first.url]) as fleet:
         assert fleet.well_urls == [first.url]
         make_peer("grpc", None, port)
-        assert wait_until(lambda: len(fleet.well_urls) == 2)
+        until(lambda: len(fleet.well_urls) == 2)
 
 
 def test_queueing_server_is_asked_less_but_not_given_up(
@@ -189,21 +184,20 @@ def test_models_that_differ_are_not_mixed(
     peers[1].model.parameters[key] = text
     with pytest.raises(ContractError, match=r"not that of the other servers: ") as raised:
         Fleet([peer.url for peer in peers]).__enter__()
-    assert said.split()[0] in str(raised.value)
+    assert said in str(raised.value)
 
 
 def test_server_that_comes_back_with_another_model_stays_out(
     make_peer: Callable[..., Any], scans: np.ndarray
 ) -> None:
-    peers = [make_peer("grpc"), make_peer("grpc")]
-    port = int(peers[1].url.rpartition(":")[2])
+    port = free_port()
+    peers = [make_peer("grpc"), make_peer("grpc", None, port)]
     with Fleet([peer.url for peer in peers]) as fleet:
         peers[1].die()
         for answer in [fleet.submit(scans[:1]) for _ in range(20)]:
             answer.result()
-        other = make_peer("grpc", None, port)
-        other.model.parameters["training_run"] = "run-8"
-        assert wait_until(lambda: bool(other.model.requests))
+        other = make_peer("grpc", None, port, {"training_run": "run-8"})
+        until(lambda: other.model.requests)
         time.sleep(0.2)
         assert fleet.well_urls == [peers[0].url]
 
@@ -245,7 +239,8 @@ def test_closing_does_not_wait_for_a_lock_that_an_interrupt_left_taken(
         assert thread is not None
         future = fleet.submit(scans[:2])
         with future._condition:
-            assert not wait_until(future.done, limit_s=1.0)
+            time.sleep(0.2)
+            assert not future.done()
             started = time.monotonic()
             fleet.close()
             assert time.monotonic() - started < 30

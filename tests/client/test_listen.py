@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,33 +12,16 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.uid import ComprehensiveSRStorage, CTImageStorage, ExplicitVRLittleEndian
 
+from chestct import listen
 from chestct.errors import InferenceError, ReportError, ServerUnavailableError
 from chestct.listen import DicomNode, ListenConfig, Listener
 from chestct.spool import spool_status
+from tests.support.dcmtk import StoreScp, program
+from tests.support.ports import free_port
+from tests.support.waiting import until
 from training.phantom import dicom_from_phantom, make_phantom
 
 NAME = "SECRET^PATIENT"
-
-
-def dcmtk(program: str) -> str:
-    """dcmtk's program; pynetdicom installs others by the same names into the environment."""
-    found = shutil.which(program, path="/usr/bin:/usr/local/bin:/opt/homebrew/bin")
-    if found is None:
-        pytest.skip(f"no {program}: install dcmtk")
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
@@ -80,37 +61,6 @@ def answers() -> dict[str, bytes]:
     return files
 
 
-class StoreScp:
-    """dcmtk's storescp; writes what it gets into a folder, and counts it in its log."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-        folder.mkdir(exist_ok=True)
-        self._log = (folder.parent / "storescp.log").open("ab")
-        self._process = subprocess.Popen(
-            [dcmtk("storescp"), "-v", "-uf", "-od", folder, str(port)],
-            stdout=self._log,
-            stderr=self._log,
-        )
-        until(self._answers)
-
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    @property
-    def num_requests(self) -> int:
-        return (self.folder.parent / "storescp.log").read_text().count("Received Store Request")
-
-    def files(self) -> list[Path]:
-        return sorted(self.folder.iterdir())
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-        self._log.close()
-
-
 @pytest.fixture
 def store_scp(tmp_path) -> Iterator[Callable[[], StoreScp]]:
     """Starts the peer that reports are sent to, always on the same port."""
@@ -127,6 +77,12 @@ def store_scp(tmp_path) -> Iterator[Callable[[], StoreScp]]:
         server.stop()
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr(listen, "POLL_S", 0.02)
+    monkeypatch.setattr(listen, "FIRST_PAUSE_S", 0.02)
+
+
 @pytest.fixture
 def config(tmp_path, store_scp) -> Callable[..., ListenConfig]:
     def make(**changes) -> ListenConfig:
@@ -134,8 +90,9 @@ def config(tmp_path, store_scp) -> Callable[..., ListenConfig]:
             "queue": tmp_path / "queue",
             "deliver_to": DicomNode("PACS", "127.0.0.1", store_scp.port),
             "port": 0,
-            "quiet_s": 1.0,
-            "longest_pause_s": 1.0,
+            "at_release": True,  # a sender that stalls never splits its series
+            "quiet_s": 3600.0,
+            "longest_pause_s": 0.05,
         }
         return ListenConfig(**values | changes)
 
@@ -144,7 +101,7 @@ def config(tmp_path, store_scp) -> Callable[..., ListenConfig]:
 
 def send(port: int, *files: Path, caller: str = "SCANNER", options=()) -> str:
     """What went wrong, in storescu's words; empty when all was accepted. A700 ends it with 0xA7."""
-    command = [dcmtk("storescu"), "-v", "-aet", caller, "-aec", "CHESTCT", *options]
+    command = [program("storescu"), "-v", "-aet", caller, "-aec", "CHESTCT", *options]
     done = subprocess.run(
         [*command, "127.0.0.1", str(port), *map(str, files)],
         capture_output=True,
@@ -157,7 +114,7 @@ def send(port: int, *files: Path, caller: str = "SCANNER", options=()) -> str:
 
 
 def echo(port: int, caller: str = "SCANNER", called: str = "CHESTCT") -> bool:
-    command = [dcmtk("echoscu"), "-aet", caller, "-aec", called, "127.0.0.1", str(port)]
+    command = [program("echoscu"), "-aet", caller, "-aec", called, "127.0.0.1", str(port)]
     return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
@@ -191,7 +148,7 @@ def test_series_is_reported_once_complete_and_both_objects_arrive(
         return answers
 
     peer = store_scp()
-    with Listener(config(quiet_s=5.0), report) as node:
+    with Listener(config(), report) as node:
         assert send(node.port, *phantom_series) == ""
         until(lambda: len(peer.files()) == 2)
         until(lambda: not any(spool_status(config().queue).values()))
@@ -200,13 +157,19 @@ def test_series_is_reported_once_complete_and_both_objects_arrive(
     assert peer.num_requests == 2
 
 
-def test_release_of_the_association_completes_a_series_if_asked_for(
+def test_without_being_asked_for_release_completes_no_series_but_quiet_does(
     config, store_scp, phantom_series, answers
 ):
+    """Of one object, which no stall of the sender can split."""
     peer = store_scp()
-    with Listener(config(quiet_s=3600, at_release=True), lambda *_: answers) as node:
-        send(node.port, *phantom_series)
+    with Listener(config(at_release=False, quiet_s=0.5), lambda *_: answers) as node:
+        send(node.port, phantom_series[0])
         until(lambda: len(peer.files()) == 2)
+    with Listener(config(at_release=False), lambda *_: answers) as node:
+        send(node.port, phantom_series[1])
+        until(lambda: not node._entity.active_associations, "the end of the association")
+        assert node._spool.complete(config().quiet_s, at_release=False) is None
+        assert node._spool.complete(config().quiet_s, at_release=True) is not None
 
 
 def test_files_are_kept_if_asked_for(config, store_scp, phantom_series, answers):
@@ -228,7 +191,7 @@ def test_what_is_no_ct_image_is_refused_before_it_is_sent(config, tmp_path, answ
 
 def test_what_is_no_ct_image_is_dropped_if_asked_for(config, tmp_path, answers, phantom_series):
     (tmp_path / "sr.dcm").write_bytes(answers["sr"])
-    with Listener(config(ignore_others=True, quiet_s=60), lambda *_: None) as node:
+    with Listener(config(ignore_others=True, at_release=False), lambda *_: None) as node:
         assert send(node.port, tmp_path / "sr.dcm", phantom_series[0]) == ""
         assert (node.counts["ignored"], node.counts["received"]) == (1, 1)
         assert spool_status(config().queue)["objects"] == 1
@@ -246,7 +209,7 @@ def test_object_far_above_the_limit_ends_the_association_and_the_next_is_taken(
     config, phantom_series, tmp_path
 ):
     large = changed(phantom_series[0], tmp_path / "large.dcm", PixelData=bytes(4 * 2**20))
-    with Listener(config(max_object_bytes=100_000, quiet_s=60), lambda *_: None) as node:
+    with Listener(config(max_object_bytes=100_000, at_release=False), lambda *_: None) as node:
         assert "abort" in send(node.port, large)
         assert send(node.port, phantom_series[0]) == ""
         assert node.counts["received"] == 1
@@ -254,7 +217,7 @@ def test_object_far_above_the_limit_ends_the_association_and_the_next_is_taken(
 
 def test_small_objects_never_add_up_to_a_large_one(config, phantom_series):
     size = phantom_series[0].stat().st_size
-    with Listener(config(max_object_bytes=size, quiet_s=60), lambda *_: None) as node:
+    with Listener(config(max_object_bytes=size, at_release=False), lambda *_: None) as node:
         assert send(node.port, *phantom_series * 15) == ""  # 2 MB, and 1 MB is the slack
         assert node.counts["received"] == 60
 
@@ -309,11 +272,11 @@ def test_object_that_is_another_than_announced_or_has_no_series_is_refused(
 
 # pynetdicom drops the socket of a refused connection without closing it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_reports_wait_for_a_peer_that_is_away(config, store_scp, phantom_series, answers):
+def test_reports_wait_for_a_peer_that_is_away(config, store_scp, phantom_series, answers, caplog):
     with Listener(config(), lambda *_: answers) as node:
         send(node.port, *phantom_series)
         until(lambda: spool_status(config().queue)["unsent"] == 2)
-        time.sleep(2)
+        until(lambda: caplog.text.count("Trying again") >= 3, "tries in vain")
         assert spool_status(config().queue)["unsent"] == 2
         peer = store_scp()
         until(lambda: len(peer.files()) == 2)
@@ -332,7 +295,7 @@ def test_series_wait_for_a_server_that_is_away_and_no_try_counts(
         return answers
 
     peer = store_scp()
-    with Listener(config(longest_pause_s=0.05), report) as node:
+    with Listener(config(), report) as node:
         send(node.port, *phantom_series)
         until(lambda: len(peer.files()) == 2)
         assert node.counts["failed"] == 0
@@ -345,7 +308,7 @@ def test_series_that_the_server_refuses_again_and_again_is_given_up(
     def report(files, _):
         raise InferenceError("no")
 
-    with Listener(config(longest_pause_s=0.05), report) as node:
+    with Listener(config(), report) as node:
         send(node.port, *phantom_series)
         until(lambda: spool_status(config().queue)["failed"] == 1)
         until(lambda: node.counts["failed"] == 1)
@@ -387,12 +350,12 @@ def test_stop_lets_an_open_association_finish_and_the_next_start_goes_on(
     config, store_scp, phantom_series, answers
 ):
     peer = store_scp()
-    node = Listener(config(quiet_s=60), lambda *_: answers)
+    node = Listener(config(at_release=False), lambda *_: answers)
     node.start()
     send(node.port, *phantom_series)
     node.stop()
     assert spool_status(config().queue)["objects"] == 4
-    with Listener(config(), lambda *_: answers):
+    with Listener(config(at_release=False, quiet_s=0.1), lambda *_: answers):
         until(lambda: len(peer.files()) == 2)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from chestct.workers import CallTimeoutError, WorkerCrashedError, Workers
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -142,10 +143,7 @@ def test_processes_end_with_a_killed_caller() -> None:
         pid = int(caller.stdout.readline())
         assert is_alive(pid)
         caller.kill()
-    deadline = time.monotonic() + 30
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(pid)
+    until(lambda: not is_alive(pid), "the end of the process")
 
 
 def test_callers_main_module_is_not_run_again(tmp_path: Path) -> None:

@@ -7,22 +7,22 @@ and stops a forwarder on the published port, so a release that does not listen d
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
 from serving.local import LocalTriton
+from tests.support.ports import free_port
+from tests.support.triton import SMALL_FACTS, config_parameters, serve
+from tests.support.waiting import until
 
 CHECKOUT = Path(__file__).parents[2]
 REPOSITORY = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/chestct"
@@ -53,7 +53,7 @@ case "$*" in
       *" up "*)
         down
         echo "$server" > "$FAKE/running"
-        [ "$fault" != slow ] || { touch "$FAKE/starting"; sleep 20; }
+        [ "$fault" != slow ] || { touch "$FAKE/starting"; sleep 3; }
         [ "$fault" != unhealthy ] || exit 1
         [ "$fault" = silent ] || {
           setsid "$PYTHON" "$FAKE/forward.py" "$FAKE/published" "$FAKE/target$fault" \
@@ -113,31 +113,20 @@ asyncio.run(main())
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def model_repository(
     tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]
 ) -> Path:
     """A tiny model that keeps the contract, called chestct."""
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
-    parameters = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
-        for key, value in facts.to_parameters().items()
-    )
     folder = tmp_path_factory.mktemp("models")
-    write_model(folder, "chestct", parameters)
+    write_model(folder, "chestct", config_parameters(SMALL_FACTS))
     return folder
 
 
 @pytest.fixture(scope="session")
 def triton(model_repository: Path, triton_environment: Path) -> Iterator[LocalTriton]:
     """A real Triton for all tests that leave it as it is."""
-    server = LocalTriton(model_repository, environment=triton_environment, exit_timeout_s=5)
-    with server as running:
+    with serve(model_repository, triton_environment) as running:
         yield running
 
 
@@ -309,15 +298,13 @@ def host(tmp_path: Path, triton: LocalTriton) -> Iterator[Host]:
     with (tmp_path / "sshd.log").open("wb") as log:
         process = subprocess.Popen([sshd, "-D", "-e", "-f", str(config)], stderr=log)
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "sshd.log").read_text()
-                assert time.monotonic() < deadline, "sshd does not listen"
-                time.sleep(0.05)
+
+        def listens() -> bool:
+            assert process.poll() is None, (tmp_path / "sshd.log").read_text()
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        until(listens, "sshd")
         yield Host(
             root,
             fake,

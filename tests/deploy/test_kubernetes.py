@@ -16,7 +16,7 @@ import pytest
 import requests
 import yaml
 
-from serving.local import LocalTriton
+from tests.support.triton import serve
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 PROBE = FOLDER / "probe" / "probe.py"
@@ -200,7 +200,7 @@ def test_probe_infers_on_a_real_triton(triton):
 
 @pytest.mark.server
 def test_probe_finds_a_dead_backend_that_triton_calls_ready(model_repository, triton_environment):
-    with LocalTriton(model_repository, environment=triton_environment, exit_timeout_s=2) as server:
+    with serve(model_repository, triton_environment) as server:
         port = int(server.http_url.rpartition(":")[2])
         assert ask("ready", port).returncode == 0
         stubs = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.local import LocalTriton
+from tests.support.ports import free_port
+from tests.support.triton import serve
 
 CHECKOUT = Path(__file__).parents[2]
 MONITORING = CHECKOUT / "deploy" / "monitoring"
@@ -65,12 +65,6 @@ def running(command: list[str], log: Path, url: str) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
 
 
 @NEEDS_PROMETHEUS
@@ -132,7 +126,7 @@ def prometheus(tmp_path_factory, triton_environment) -> Iterator[str]:
     page, own = free_port(), free_port()
     chestct = [sys.executable, "-c", "from chestct.cli import entry_point; entry_point()"]
     with contextlib.ExitStack() as stack:
-        triton = stack.enter_context(LocalTriton(repository, environment=triton_environment))
+        triton = stack.enter_context(serve(repository, triton_environment))
         command = [*chestct, "web", "--port", str(page), "--url", triton.grpc_url]
         stack.enter_context(
             running(command, folder / "page.log", f"http://127.0.0.1:{page}/metrics")
@@ -197,6 +191,7 @@ def ask(prometheus: str, expression: str) -> list[dict]:
 @NEEDS_PROMETHEUS
 @pytest.mark.server
 @pytest.mark.slow
+@pytest.mark.xdist_group("monitoring")
 class TestScraped:
     def test_all_targets_are_up(self, prometheus):
         targets = {row["metric"]["job"]: row["value"][1] for row in ask(prometheus, "up")}

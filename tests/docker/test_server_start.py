@@ -12,7 +12,7 @@ from docker_images_check import write_small_repository
 
 from export.engine import EngineConfig, Gpu, read_record
 from export.repository import parsed_config
-from serving.local import LocalTriton
+from tests.support.triton import serve
 
 GPU = Gpu("Test GPU", "8.9")
 TRTEXEC = """#!/usr/bin/env python3
@@ -108,7 +108,5 @@ def test_without_a_gpu_a_real_triton_serves_what_was_published(started, triton_e
     assert command[0] == "tritonserver"
     assert command[-1] == "--http-address=0.0.0.0"
     assert {"--load-model=chestct", "--model-config-name=cpu"} <= set(command)
-    with LocalTriton(
-        Path("model_repository"), environment=triton_environment, models=["chestct"]
-    ) as server:
+    with serve(Path("model_repository"), triton_environment, models=["chestct"]) as server:
         assert server.models() == [("chestct", "1")]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
 from serving.local import LocalTriton, find_installation
+from tests.support.triton import SMALL_FACTS, config_parameters, serve
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -39,12 +39,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[.
     config = folder / "unbatched" / "config.pbtxt"
     config.write_text(config.read_text().replace("dims: [", "dims: [1, "))
     write_model(folder, "text", "dynamic_batching { }")
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
-    quoted = {key: json.dumps(value) for key, value in facts.to_parameters().items()}
-    parameters = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}\n'
-        for key, value in quoted.items()
-    )
+    parameters = config_parameters(SMALL_FACTS)
     write_model(folder, "whole", parameters)
     # It leaves whoever gives up sooner the time to do so.
     patient = "dynamic_batching { max_queue_delay_microseconds: 500000 }"
@@ -55,7 +50,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[.
 @pytest.fixture(scope="session")
 def server(repository: Path, environment: Path) -> Iterator[LocalTriton]:
     """One real Triton for all tests that leave it as it is."""
-    with LocalTriton(repository, environment=environment, exit_timeout_s=5) as running:
+    with serve(repository, environment) as running:
         yield running
 
 

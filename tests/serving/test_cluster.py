@@ -16,7 +16,7 @@ from PIL import Image
 
 from serving.local import LocalTriton
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("serving")]
 COMMAND = [sys.executable, "-c", "from chestct.cli import entry_point as e; e()", "classify"]
 NUM_FILES = 300
 

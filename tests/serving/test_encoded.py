@@ -28,21 +28,14 @@ from chestct.scan import decode_scan, inspect_scan, list_scans
 from export.repository import write_encoded
 from serving.local import LocalTriton
 from tests.client.swelling import dicom_that_swells
+from tests.support.triton import config_parameters, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("encoded")]
 
 CHECKOUT = Path(__file__).parents[2]
 LIMIT_S = 30.0
 # Not the default window: a step that read no parameters would give other numbers for DICOM.
 FACTS = ModelFacts(("a", "b", "größer"), Window(-300.0, 900.0), 1.0, 10.0, "run-7", "ab" * 32)
-
-
-def parameters(facts: ModelFacts) -> str:
-    quoted = {key: json.dumps(value) for key, value in facts.to_parameters().items()}
-    return "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}\n'
-        for key, value in quoted.items()
-    )
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +45,10 @@ def encoded(
     """A server that has `chestct` and `chestct_encoded`."""
     repository = tmp_path_factory.mktemp("encoded")
     policy = "version_policy { specific { versions: [1] } }\n"
-    write_model(repository, "chestct", policy + parameters(FACTS))
+    write_model(repository, "chestct", policy + config_parameters(FACTS))
     write_encoded(repository)
     # Naming the ensemble alone loads its steps too.
-    with LocalTriton(
-        repository, environment=environment, models=["chestct_encoded"], exit_timeout_s=5
-    ) as running:
+    with serve(repository, environment, models=["chestct_encoded"]) as running:
         yield running
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import http.client
 import ipaddress
-import json
 import shutil
+import socket
 import ssl
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ from cryptography.x509.oid import NameOID
 from tritonclient.utils import InferenceServerException
 
 from chestct.client import ScanClient, TLSOptions
-from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.errors import ServerError
 from serving.local import Certificates, LocalTriton, LocalTritonError, main
+from tests.support.triton import SMALL_FACTS, config_parameters, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("tls")]
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,7 @@ def small_repository(
     tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]
 ) -> Path:
     folder = tmp_path_factory.mktemp("tls-repository")
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
-    parameters = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
-        for key, value in facts.to_parameters().items()
-    )
-    write_model(folder, "chestct", parameters)
+    write_model(folder, "chestct", config_parameters(SMALL_FACTS))
     return folder
 
 
@@ -125,17 +121,15 @@ def secured(
     hospital, _ = authorities
     cert, key = hospital.sign("server")
     client_ca = hospital.ca if request.param == "mutual" else None
-    with LocalTriton(
-        small_repository,
-        environment=environment,
-        exit_timeout_s=5,
-        certificates=Certificates(cert, key, client_ca),
-    ) as running:
+    certificates = Certificates(cert, key, client_ca)
+    with serve(small_repository, environment, certificates=certificates) as running:
         yield request.param, running
 
 
-def classify(url: str, tls: TLSOptions | None, scans: np.ndarray) -> Any:
-    with ScanClient(url, tls=tls, connect_timeout_s=2, timeout_s=20, retries=0) as client:
+def classify(
+    url: str, tls: TLSOptions | None, scans: np.ndarray, connect_timeout_s: float = 30
+) -> Any:
+    with ScanClient(url, tls=tls, connect_timeout_s=connect_timeout_s, retries=0) as client:
         return client.classify(scans)
 
 
@@ -164,7 +158,7 @@ def test_a_server_of_another_authority_is_refused_by_the_client(
     own = hospital.sign("client") if kind == "mutual" else (None, None)
     for url in urls(server):
         with pytest.raises(ServerError, match=r"(?i)certificate|handshake"):
-            classify(url, TLSOptions(stranger.ca, *own), scans)
+            classify(url, TLSOptions(stranger.ca, *own), scans, 2)
 
 
 def test_a_client_without_the_right_certificate_is_refused_by_the_server(
@@ -179,14 +173,14 @@ def test_a_client_without_the_right_certificate_is_refused_by_the_server(
     for url in urls(server):
         for own in ((None, None), stranger.sign("client")):
             with pytest.raises(ServerError):
-                classify(url, TLSOptions(hospital.ca, *own), scans)
+                classify(url, TLSOptions(hospital.ca, *own), scans, 0.5)
 
 
 def test_plain_text_is_refused(secured: tuple[str, LocalTriton], scans: np.ndarray) -> None:
     _, server = secured
     grpc_url = server.grpc_url.replace("grpcs://", "grpc://")
     with pytest.raises(ServerError):
-        classify(grpc_url, None, scans)
+        classify(grpc_url, None, scans, 0.5)
     address = server.http_url.removeprefix("https://")
     connection = http.client.HTTPConnection(address, timeout=10)
     connection.request("GET", "/v2/health/live")
@@ -246,4 +240,8 @@ def test_files_and_options_that_do_not_fit_are_refused(
 def test_the_metrics_port_is_not_for_the_outside(secured: tuple[str, LocalTriton]) -> None:
     """It has no TLS and no key, so it must stay on loopback."""
     _, server = secured
-    assert server.metrics_url.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(server.metrics_url, timeout=5) as reply:
+        assert b"nv_inference_count" in reply.read()
+    port = urllib.parse.urlsplit(server.metrics_url).port
+    with pytest.raises(ConnectionRefusedError):  # a server on 0.0.0.0 would answer here
+        socket.create_connection(("127.0.0.2", port), timeout=5)

@@ -21,9 +21,9 @@ from PIL import Image, ImageOps
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from serving.local import LocalTriton
+from tests.support.triton import LABELS, config_parameters, serve
 
 CHECKOUT = Path(__file__).parents[3]
-LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
 CARD = {
     "run": "run-7",
     "protocol": "grouped_distinct",
@@ -41,11 +41,7 @@ def write_repository(
     write_model: Callable[..., Path], folder: Path, facts: ModelFacts = FACTS, without: str = ""
 ) -> Path:
     """A model repository; `without` names a parameter that is left out."""
-    parameters = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
-        for key, value in facts.to_parameters().items()
-        if key != without
-    )
+    parameters = config_parameters(facts, without)
     write_model(folder, "chestct", parameters + "dynamic_batching { }", num_labels=len(LABELS))
     return folder
 
@@ -59,7 +55,7 @@ def small_repository(
 
 @pytest.fixture(scope="session")
 def small_triton(small_repository: Path, triton_environment: Path) -> Iterator[LocalTriton]:
-    with LocalTriton(small_repository, environment=triton_environment, exit_timeout_s=5) as server:
+    with serve(small_repository, triton_environment) as server:
         yield server
 
 
@@ -76,10 +72,22 @@ class Page:
         return [int(child) for child in children.split()]
 
 
-def start_page(triton_url: str, *options: str, **environment: str) -> Page:
+# The page as it is, but for limits that a test would otherwise wait for.
+PROGRAM = """
+import functools, sys
+from chestct.cli import main
+from chestct.web import command, link
+link.LOOK_EVERY_S, link.LOOK_TIMEOUT_S = 0.2, 1.0
+command.WebSettings = functools.partial(command.WebSettings, {settings})
+sys.exit(main())
+"""
+
+
+def start_page(triton_url: str, *options: str, settings: str = "", **environment: str) -> Page:
+    """A page; `settings` are further arguments of `WebSettings`, as Python text."""
     process = subprocess.Popen(
         [
-            sys.executable, "-c", "import sys; from chestct.cli import main; sys.exit(main())",
+            sys.executable, "-c", PROGRAM.format(settings=settings),
             "web", "--port", "0", "--url", triton_url, *options,
         ],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
@@ -190,8 +198,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_page(small_triton: LocalTriton) -> Iterator[Callable[..., Page]]:
     pages: list[Page] = []
 
-    def make(*options: str, url: str = "", **environment: str) -> Page:
-        pages.append(start_page(url or small_triton.grpc_url, *options, **environment))
+    def make(*options: str, url: str = "", settings: str = "", **environment: str) -> Page:
+        url = url or small_triton.grpc_url
+        pages.append(start_page(url, *options, settings=settings, **environment))
         return pages[-1]
 
     yield make

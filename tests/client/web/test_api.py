@@ -22,6 +22,7 @@ from pydicom import dcmread
 from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.scan import apply_window, decode_scan, inspect_scan, load_scan
+from tests.client.swelling import dicom_that_swells
 
 from .conftest import (
     CARD,
@@ -34,7 +35,7 @@ from .conftest import (
     wait_for_model,
 )  # fmt: skip
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("web")]
 
 
 def ask(page, method, path, body=None, headers=None):
@@ -279,24 +280,23 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(page):
     assert "60000 x 60000 pixels, expected at most 16 million" in line["error"]["message"]
 
 
-def test_workers_that_die_or_hang_cost_one_file(page, files):
+def test_workers_that_die_or_hang_cost_one_file(make_page, files):
     """Stopped, a worker hangs as a decoder in an endless loop does; killed, it crashes."""
     import signal
-    import time
 
+    page = make_page(settings="decode_timeout_s=4.0")
+    wait_for_model(page)
     good = ("chest.png", files["chest.png"].read_bytes())
     before = page.workers
     assert len(before) == 2
     for worker in before:
         os.kill(worker, signal.SIGSTOP)
-    start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         hung = [
             line for lines in pool.map(lambda _: classify(page, good), range(2)) for line in lines
         ]
     assert {line["error"]["type"] for line in hung} == {"ScanDecodeError"}
-    assert all("longer than 10 s" in line["error"]["message"] for line in hung)
-    assert time.monotonic() - start < 60
+    assert all("longer than 4 s" in line["error"]["message"] for line in hung)
     assert not set(before) & set(page.workers)
     for worker in page.workers:
         os.kill(worker, signal.SIGKILL)
@@ -305,21 +305,42 @@ def test_workers_that_die_or_hang_cost_one_file(page, files):
     assert answers[-1] == "ok"
 
 
-def test_a_slice_that_kills_its_worker_leaves_the_rest_of_the_archive(page, files):
-    """A picture whose decoding needs more memory than a worker has, between two good ones."""
+def test_a_slice_that_needs_too_much_memory_leaves_the_rest_of_the_archive(make_page, files):
+    """More than a worker has, between two good ones."""
+    page = make_page(settings="worker_memory_bytes=288 * 2**20")
+    wait_for_model(page)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("1.png", files["chest.png"].read_bytes())
+        packed.writestr("2.dcm", dicom_that_swells(400_000))
+        packed.writestr("3.png", files["other.png"].read_bytes())
+    lines = classify(page, ("a.zip", archive.getvalue()))
+    assert [line["status"] for line in lines] == ["ok", "error", "ok"]
+    assert "memory" in lines[1]["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_slice_at_which_its_worker_dies_leaves_the_rest_of_the_archive(make_page, files):
+    page = make_page("--workers", "1", settings="decode_timeout_s=4.0")
+    wait_for_model(page)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("1.png", files["chest.png"].read_bytes())
         packed.writestr("2.dcm", b"\0" * 128 + b"DICM" + bytes(200 * 2**20))
         packed.writestr("3.png", files["other.png"].read_bytes())
+    (worker,) = page.workers
     lines = classify(page, ("a.zip", archive.getvalue()))
     assert [line["status"] for line in lines] == ["ok", "error", "ok"]
+    assert page.workers != [worker]
 
 
 def test_nothing_is_written_to_disk(page, files, tmp_path_factory):
     """Neither the page nor its workers open a file for writing while they take a large upload."""
     large = b"\x89PNG\r\n\x1a\n" + os.urandom(20 * 2**20)  # above every threshold for spooling
-    body, headers = multipart(("large.png", large), ("s.zip", files["series.zip"].read_bytes()))
+    named = [("large.png", large), ("s.zip", files["series.zip"].read_bytes())]
+    for _ in range(4):  # a module that is imported at its first use is compiled and cached
+        classify(page, *named)
+    body, headers = multipart(*named)
     parts = urlsplit(page.url)
     processes = [page.process.pid, *page.workers]
 

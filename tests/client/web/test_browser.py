@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.local import LocalTriton
+from tests.support.triton import end, serve
 
 from .conftest import start_page, stop_page, wait_for_model, write_repository
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("web")]
 sync_api = pytest.importorskip("playwright.sync_api")
 WAIT_MS = 60_000
 FIRST_VIEW_BYTES = 150_000
@@ -168,6 +168,7 @@ def test_dropped_scan_is_shown_with_window_and_evidence(page, open_page, files):
     require_accessible(tab)
 
 
+@pytest.mark.slow
 def test_many_files_bad_ones_among_them_are_listed_sorted_and_saved(page, open_page, files):
     tab = open_page(page.url)
     names = ("chest.png", "other.png", "coloured.png", "torn.png", "notes.txt", "coronal.dcm")
@@ -207,6 +208,7 @@ def test_many_files_bad_ones_among_them_are_listed_sorted_and_saved(page, open_p
     assert float(best[f"probabilities.{best['label']}"]) > 0.25
 
 
+@pytest.mark.slow
 def test_series_is_sorted_by_position_and_stepped_through(page, open_page, files):
     tab = open_page(page.url)
     drop(tab, files["series.zip"])
@@ -228,6 +230,7 @@ def test_series_is_sorted_by_position_and_stepped_through(page, open_page, files
     require_accessible(tab)
 
 
+@pytest.mark.slow
 def test_keyboard_alone_is_enough(page, open_page, files):
     tab = open_page(page.url)
     focused = "() => document.activeElement.id || document.activeElement.textContent"
@@ -257,6 +260,7 @@ def test_keyboard_alone_is_enough(page, open_page, files):
     assert tab.locator("#announce").inner_text()
 
 
+@pytest.mark.slow
 def test_phone_has_no_sideways_scrolling_and_the_notice_in_sight(page, open_page, files):
     tab = open_page(page.url, 390, 844, has_touch=True, is_mobile=True, reduced_motion="reduce")
     tab.set_input_files("#files", [files["coloured.png"]])
@@ -273,6 +277,7 @@ def test_phone_has_no_sideways_scrolling_and_the_notice_in_sight(page, open_page
     require_accessible(tab)
 
 
+@pytest.mark.slow
 def test_first_view_is_small(page, open_page):
     tab = open_page(page.url)
     tab.wait_for_load_state("networkidle")
@@ -285,11 +290,12 @@ def test_first_view_is_small(page, open_page):
     assert sum(sizes) < FIRST_VIEW_BYTES  # as they are; on the wire they are packed
 
 
+@pytest.mark.slow
 def test_server_that_goes_and_comes_back_is_waited_for(
     small_repository, write_model, triton_environment, open_page, files, tmp_path
 ):
     """Down, then another contract, then right again at the same address."""
-    with LocalTriton(small_repository, environment=triton_environment, exit_timeout_s=5) as triton:
+    with serve(small_repository, triton_environment) as triton:
         port = int(triton.grpc_url.rpartition(":")[2])
         page = start_page(triton.grpc_url)
         try:
@@ -297,22 +303,18 @@ def test_server_that_goes_and_comes_back_is_waited_for(
             tab = open_page(page.url)
             drop(tab, files["chest.png"])
             wait_for_rows(tab, 1)
-            triton.stop()
+            end(triton)
             wait_for_model(page, is_up=False)
             drop(tab, files["other.png"])
             tab.locator("#trouble").wait_for()
             assert "does not answer" in tab.locator("#trouble").inner_text()
             assert "waiting" in tab.locator("#rows tr").nth(1).inner_text()
             wrong = write_repository(write_model, tmp_path / "wrong", without="training_run")
-            with LocalTriton(
-                wrong, environment=triton_environment, grpc_port=port, exit_timeout_s=5
-            ):
+            with serve(wrong, triton_environment, grpc_port=port):
                 told = tab.locator("#trouble-text", has_text="training_run")
                 told.wait_for()
                 assert "not made for" in tab.locator("#trouble-title").inner_text()
-            with LocalTriton(
-                small_repository, environment=triton_environment, grpc_port=port, exit_timeout_s=5
-            ):
+            with serve(small_repository, triton_environment, grpc_port=port):
                 wait_for_rows(tab, 2)
                 assert tab.locator("#trouble").is_hidden()
                 assert tab.locator("#rows tr").nth(1).locator(".tag").inner_text() == "in"
@@ -320,6 +322,7 @@ def test_server_that_goes_and_comes_back_is_waited_for(
             stop_page(page)
 
 
+@pytest.mark.slow
 def test_token_is_asked_for(make_page, open_page, files):
     page = make_page(CHESTCT_WEB_TOKEN="a-token-of-some-length")
     tab = open_page(page.url)
