@@ -18,6 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
 # Of what is trained in tests: VGG-16 in all but the number of channels, and 200 times as fast.
 NARROW = (16, 16, 16, 16, 24, 24, 24, 32, 32, 32, 32, 32, 32)
+BuildOnce = Callable[[str, Callable[[], object]], None]
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,23 @@ def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def build_once(folder: Path, build: Callable[[], object]) -> None:
-    """Let `build` fill `folder` in the worker that comes first; the others wait for it."""
-    folder.mkdir(exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder.with_suffix(".done")
-        if not done.exists():
-            build()
-            done.touch()
+@pytest.fixture(scope="session")
+def build_once(common_folder: Path) -> BuildOnce:
+    """Calls a function in the worker of pytest-xdist that asks first; the others wait for it."""
+
+    def build_once(name: str, build: Callable[[], object]) -> None:
+        with (common_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = common_folder / f"{name}.done"
+            if not done.exists():
+                build()
+                done.touch()
+
+    return build_once
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_tracking_store(common_folder: Path) -> None:
+def _own_tracking_store(common_folder: Path, build_once: BuildOnce) -> None:
     """No test writes into the checkout's MLflow store, nor into a server of the environment.
 
     All workers share one, as they share the model whose run is in it.
@@ -89,10 +94,11 @@ def _own_tracking_store(common_folder: Path) -> None:
     from training.tracking import EXPERIMENT
 
     store = common_folder / "mlflow"
+    store.mkdir(exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store / 'mlflow.db'}"
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     artifacts = (store / "artifacts").as_uri()
-    build_once(store, lambda: mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts))
+    build_once("mlflow", lambda: mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts))
     os.environ.pop("DATA", None)
 
 
@@ -127,7 +133,7 @@ def write_split(scans: Path, file: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def phantoms(common_folder: Path) -> Workspace:
+def phantoms(common_folder: Path, build_once: BuildOnce) -> Workspace:
     """Phantoms and their split; `model` is where a training would go."""
     from training.phantom import write_phantoms
 
@@ -139,12 +145,12 @@ def phantoms(common_folder: Path) -> Workspace:
         write_phantoms(scans, per_class=per_class, seed=3, dicom_fraction=0.4)
         write_split(scans, split)
 
-    build_once(folder, build)
+    build_once("phantoms", build)
     return Workspace(folder, scans, split, folder / "results" / "train", folder / ".cache")
 
 
 @pytest.fixture(scope="session")
-def trained(phantoms: Workspace, common_folder: Path) -> Workspace:
+def trained(phantoms: Workspace, build_once: BuildOnce) -> Workspace:
     """The same with a trained model: random convolutions, a fitted head, one epoch of block 5."""
     from training.fit import FitConfig, fit
 
@@ -157,7 +163,7 @@ def trained(phantoms: Workspace, common_folder: Path) -> Workspace:
         epochs=1,
         augmented_copies=1,
     )
-    build_once(common_folder / "trained", lambda: fit(config))
+    build_once("trained", lambda: fit(config))
     return phantoms
 
 
@@ -170,12 +176,12 @@ def scan_batch(phantoms: Workspace) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def exported(trained: Workspace, common_folder: Path) -> Path:
+def exported(trained: Workspace, build_once: BuildOnce) -> Path:
     """The ONNX file of the trained phantom model."""
     from export.onnx import OnnxConfig, write_onnx
 
     file = trained.folder / "results" / "export" / "model.onnx"
-    build_once(common_folder / "exported", lambda: write_onnx(OnnxConfig(trained.model, file)))
+    build_once("exported", lambda: write_onnx(OnnxConfig(trained.model, file)))
     return file
 
 
