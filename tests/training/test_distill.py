@@ -25,7 +25,7 @@ def config(trained, tmp_path_factory) -> DistillConfig:
         teacher=trained.model,
         fit=fit,
         output=folder / "students",
-        cache=trained.cache,
+        cache=folder / "cache",
         students={"tiny": TINY},
         pruning_scans=6,
         epochs=6,

@@ -56,7 +56,8 @@ def test_rules_accept_phantoms(checked):
 
 def test_distance_tells_foreign_pictures_apart(checked):
     assert checked["auroc_n"] == [12, 2]
-    assert 0 <= checked["auroc"] <= 1
+    # A random network sees both pictures of noise farther out than any phantom.
+    assert checked["auroc"] == 1
 
 
 def test_report_holds_every_row(checked):
