@@ -15,6 +15,8 @@ from export.parity import Gate
 from training.files import write_json
 from training.model import build_classifier, load_trained
 
+pytestmark = pytest.mark.xdist_group("compress")  # its fixtures are made once
+
 WIDTHS = {
     "tiny": (8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16),
     "smaller": (4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 8),

@@ -28,6 +28,8 @@ from export.quantize import QuantizeConfig, write_int8
 from training.model import load_trained
 from training.scans import ScanSet
 
+pytestmark = pytest.mark.xdist_group("parity")  # its fixtures are made once
+
 SCANS = np.random.default_rng(1).integers(0, 255, (20, 224, 224, 1), dtype=np.uint8)
 
 

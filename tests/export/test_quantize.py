@@ -29,6 +29,8 @@ from export.quantize import (
 from training.model import VGG_MEAN_BGR, build_classifier
 from training.scans import ScanSet
 
+pytestmark = pytest.mark.xdist_group("quantize")  # its fixtures are made once
+
 NARROW = (8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16)
 FACTS = ModelFacts(("a", "b", "c", "d"), LUNG_WINDOW, 1.0, 30.0, "run", "hash")
 

@@ -34,6 +34,8 @@ from training.model_card import (
 from training.report import HEADLINE, OPERATING_POINTS
 from training.split import SplitConfig, write_split
 
+pytestmark = pytest.mark.xdist_group("card")  # its fixtures are made once
+
 FILES = {"model_card.md", "model_card.html", "data_card.md", "data_card.html", "summary.json"}
 HOSTILE = 'test/normal/"><script>alert(1)</script>|`x`\n.png'
 

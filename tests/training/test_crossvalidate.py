@@ -16,6 +16,8 @@ from training.model import load_trained
 from training.protocols import grouped_protocols
 from training.split import SplitConfig
 
+pytestmark = pytest.mark.xdist_group("crossvalidate")  # its fixtures are made once
+
 
 @pytest.fixture(scope="module")
 def settings(trained, tmp_path_factory) -> tuple[CrossValidateConfig, FitConfig, SplitConfig]:

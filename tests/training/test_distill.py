@@ -11,6 +11,8 @@ from training.fit import FitConfig
 from training.model import load_trained, map_from, widths_of
 from training.scans import read_split
 
+pytestmark = pytest.mark.xdist_group("distill")  # its fixtures are made once
+
 TINY = [8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16]
 
 

@@ -10,6 +10,8 @@ from chestct.scan import list_scans
 from training.domain import check_domain, report_lines
 from training.model import load_trained
 
+pytestmark = pytest.mark.xdist_group("domain")  # its fixtures are made once
+
 
 @pytest.fixture(scope="module")
 def checked(trained, tmp_path_factory):

@@ -14,6 +14,8 @@ from training.evaluate import EvaluateConfig, Sources, evaluate, main
 from training.report import report
 from training.scans import read_split
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures are made once
+
 
 def config_of(trained, output) -> EvaluateConfig:
     return EvaluateConfig(

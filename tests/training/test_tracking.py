@@ -21,6 +21,8 @@ import yaml
 import training.compare
 from training.tracking import main, shown_address, tagged_runs, tracked_run
 
+pytestmark = pytest.mark.xdist_group("tracking")  # its fixtures are made once
+
 
 def status(run_id: str) -> str:
     return mlflow.get_run(run_id).info.status
