@@ -26,7 +26,13 @@ from export.onnx import sha256_of
 from training.command import command_parser, run_command
 from training.config import load_config
 from training.files import write_json
-from training.metrics import bootstrap_interval, macro_auroc
+from training.metrics import (
+    Statistic,
+    accuracy,
+    bootstrap_interval,
+    macro_auroc,
+    paired_difference,
+)
 from training.model import load_trained
 from training.registry import model_folder
 from training.scans import ScanSet, read_split
@@ -461,15 +467,13 @@ def gate_figures(
         gate: The limits.
     """
     before, after = (outputs["probabilities"] for outputs in (reference, candidate))
-    num_classes = before.shape[1]
-    both = np.hstack([before, after])
+    pairs = np.hstack([after, before])
 
-    def drop(score: Callable[[Any, Any], float]) -> tuple[float, float, float]:
-        def lost(pair: Any, labels: Any) -> float:
-            return score(pair[:, :num_classes], labels) - score(pair[:, num_classes:], labels)
-
-        low, high = bootstrap_interval(lost, both, scans.labels, scans.groups)
-        return lost(both, scans.labels), low, high
+    def drop(statistic: Statistic) -> tuple[float, float, float]:
+        lost = paired_difference(statistic, before.shape[1])
+        return lost(pairs, scans.labels), *bootstrap_interval(
+            lost, pairs, scans.labels, scans.groups
+        )
 
     errors = np.abs(before.astype(np.float64) - after)
     correlations = _map_correlations(reference["activation_map"], candidate["activation_map"])
@@ -480,7 +484,7 @@ def gate_figures(
     found: dict[str, tuple[float, ...]] = {
         "label_agreement": (float(np.mean(before.argmax(axis=1) == after.argmax(axis=1))),),
         "macro_auroc_drop": drop(macro_auroc),
-        "accuracy_drop": drop(lambda p, labels: float(np.mean(p.argmax(axis=1) == labels))),
+        "accuracy_drop": drop(accuracy),
         "mean_probability_error": (float(errors.mean()),),
         "max_probability_error": (float(errors.max()),),
         "median_map_correlation": (float(np.median(correlations)),),

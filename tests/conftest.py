@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
+# Of what is trained in tests: VGG-16 in all but the number of channels, and 200 times as fast.
+NARROW = (16, 16, 16, 16, 24, 24, 24, 32, 32, 32, 32, 32, 32)
+BuildOnce = Callable[[str, Callable[[], object]], None]
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,64 @@ def _interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder that all workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def build_once(common_folder: Path) -> BuildOnce:
+    """Calls a function in the worker of pytest-xdist that asks first; the others wait for it."""
+
+    def build_once(name: str, build: Callable[[], object]) -> None:
+        with (common_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = common_folder / f"{name}.done"
+            if not done.exists():
+                build()
+                done.touch()
+
+    return build_once
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_tracking_store(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test writes into the checkout's MLflow store, nor into a server of the environment."""
+def _own_tracking_store(common_folder: Path, build_once: BuildOnce) -> None:
+    """No test writes into the checkout's MLflow store, nor into a server of the environment.
+
+    All workers share one, as they share the model whose run is in it.
+    """
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     import mlflow
 
     from training.tracking import EXPERIMENT
 
-    store = tmp_path_factory.mktemp("mlflow")
+    store = common_folder / "mlflow"
+    store.mkdir(exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store / 'mlflow.db'}"
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-    mlflow.create_experiment(EXPERIMENT, artifact_location=(store / "artifacts").as_uri())
+    artifacts = (store / "artifacts").as_uri()
+    build_once("mlflow", lambda: mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts))
     os.environ.pop("DATA", None)
+
+
+@pytest.fixture(scope="session")
+def narrow_widths() -> tuple[int, ...]:
+    """The channels of every network that `training.fit` trains in tests."""
+    return NARROW
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _narrow_training() -> Iterator[None]:
+    """`training.fit` builds a narrow network: the same graph, contract and code."""
+    import training.fit
+    from training.model import build_classifier
+
+    with pytest.MonkeyPatch.context() as patch:
+        narrow = functools.partial(build_classifier, widths=NARROW)
+        patch.setattr(training.fit, "build_classifier", narrow)
+        yield
 
 
 def write_split(scans: Path, file: Path) -> None:
@@ -83,34 +133,37 @@ def write_split(scans: Path, file: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def phantoms(common_folder: Path, build_once: BuildOnce) -> Workspace:
     """Phantoms and their split; `model` is where a training would go."""
     from training.phantom import write_phantoms
 
-    folder = tmp_path_factory.mktemp("workspace")
-    scans = folder / "data" / "scans"
-    write_phantoms(scans, per_class={"train": 5, "valid": 3, "test": 3}, seed=3, dicom_fraction=0.4)
-    split = folder / "results" / "split" / "split.csv"
-    write_split(scans, split)
+    folder = common_folder / "workspace"
+    scans, split = folder / "data" / "scans", folder / "results" / "split" / "split.csv"
+
+    def build() -> None:
+        per_class = {"train": 5, "valid": 3, "test": 3}
+        write_phantoms(scans, per_class=per_class, seed=3, dicom_fraction=0.4)
+        write_split(scans, split)
+
+    build_once("phantoms", build)
     return Workspace(folder, scans, split, folder / "results" / "train", folder / ".cache")
 
 
 @pytest.fixture(scope="session")
-def trained(phantoms: Workspace) -> Workspace:
+def trained(phantoms: Workspace, build_once: BuildOnce) -> Workspace:
     """The same with a trained model: random convolutions, a fitted head, one epoch of block 5."""
     from training.fit import FitConfig, fit
 
-    fit(
-        FitConfig(
-            scans=phantoms.scans,
-            split=phantoms.split,
-            output=phantoms.model,
-            cache=phantoms.cache,
-            weights="random",
-            epochs=1,
-            augmented_copies=1,
-        )
+    config = FitConfig(
+        scans=phantoms.scans,
+        split=phantoms.split,
+        output=phantoms.model,
+        cache=phantoms.cache,
+        weights="random",
+        epochs=1,
+        augmented_copies=1,
     )
+    build_once("trained", lambda: fit(config))
     return phantoms
 
 
@@ -123,11 +176,13 @@ def scan_batch(phantoms: Workspace) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def exported(trained: Workspace) -> Path:
+def exported(trained: Workspace, build_once: BuildOnce) -> Path:
     """The ONNX file of the trained phantom model."""
     from export.onnx import OnnxConfig, write_onnx
 
-    return write_onnx(OnnxConfig(trained.model, trained.folder / "results/export/model.onnx"))
+    file = trained.folder / "results" / "export" / "model.onnx"
+    build_once("exported", lambda: write_onnx(OnnxConfig(trained.model, file)))
+    return file
 
 
 # Tiny models that keep the contract's names, for tests of what surrounds a model.

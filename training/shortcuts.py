@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -30,10 +30,14 @@ from training.metrics import (
     NORMAL,
     Floats,
     Labels,
-    auroc,
+    Statistic,
+    accuracy,
     balanced_accuracy,
-    bootstrap_interval,
+    bootstrap_intervals,
+    class_auroc,
     macro_auroc,
+    mean_value,
+    paired_difference,
     wilson_interval,
 )
 from training.scans import ScanSet, predict_outputs
@@ -264,8 +268,10 @@ def shortcut_scores(
         "lungs_blanked": ("lungs blanked with the median tissue grey", blank_lungs),
         "jpeg": (f"re-encoded as JPEG, quality {JPEG_QUALITY}", reencode_jpeg),
     }
-    num_classes = len(scans.names)
     statistics = _statistics(scans.names)
+    differences = {
+        key: paired_difference(statistic, len(scans.names)) for key, statistic in statistics.items()
+    }
     perturbed = {}
     for name, (what, perturb) in perturbations.items():
         pixels = perturb(scans.pixels)
@@ -277,53 +283,38 @@ def shortcut_scores(
             "changed": int(change.any(axis=(1, 2, 3)).sum()),
             "mean_change": float(change.mean()),
             "same_label": float((answers.argmax(1) == probabilities.argmax(1)).mean()),
-            "scores": {
-                key: _with_interval(statistic, answers, scans.labels, scans.groups)
-                for key, statistic in statistics.items()
-            },
-            "difference": {
-                key: _with_interval(
-                    _difference(statistic, num_classes), pairs, scans.labels, scans.groups
-                )
-                for key, statistic in statistics.items()
-            },
+            "scores": _with_intervals(statistics, answers, scans.labels, scans.groups),
+            "difference": _with_intervals(differences, pairs, scans.labels, scans.groups),
         }
     return {
         "n": len(scans),
         "groups": len(np.unique(scans.groups)),
-        "unperturbed": {
-            key: _with_interval(statistic, probabilities, scans.labels, scans.groups)
-            for key, statistic in statistics.items()
-        },
+        "unperturbed": _with_intervals(statistics, probabilities, scans.labels, scans.groups),
         "perturbed": perturbed,
     }
 
 
-Statistic = Callable[[Floats, Labels], float]
-
-
 def _statistics(names: tuple[str, ...]) -> dict[str, Statistic]:
-    statistics: dict[str, Statistic] = {
-        "accuracy": lambda p, y: float((p.argmax(axis=1) == y).mean()),
+    statistics = {
+        "accuracy": accuracy,
         "balanced_accuracy": balanced_accuracy,
         "macro_auroc": macro_auroc,
     }
     if NORMAL in names and len(names) > 2:
-        normal = names.index(NORMAL)
-        statistics["normal_against_rest_auroc"] = lambda p, y: auroc(p[:, normal], y == normal)
+        statistics["normal_against_rest_auroc"] = class_auroc(names.index(NORMAL))
     return statistics
 
 
-def _difference(statistic: Statistic, num_classes: int) -> Statistic:
-    """Of answers (N, 2C): the statistic of the last C columns less that of the first C."""
-    return lambda p, y: statistic(p[:, num_classes:], y) - statistic(p[:, :num_classes], y)
-
-
-def _with_interval(
-    statistic: Statistic, values: Floats, labels: Labels, groups: Labels
-) -> dict[str, float]:
-    low, high = bootstrap_interval(statistic, values, labels, groups)
-    return {"value": statistic(values, labels), "low": low, "high": high}
+def _with_intervals(
+    statistics: Mapping[str, Statistic], values: Floats, labels: Labels, groups: Labels
+) -> dict[str, dict[str, float]]:
+    intervals = bootstrap_intervals(statistics, values, labels, groups)
+    return {
+        key: {"value": statistic(values, labels), "low": low, "high": high}
+        for (key, statistic), (low, high) in zip(
+            statistics.items(), intervals.values(), strict=True
+        )
+    }
 
 
 def map_mass(activation_map: Floats, predicted: Labels, scans: ScanSet) -> dict[str, Any]:
@@ -384,7 +375,7 @@ def _mean(values: Floats, groups: Labels) -> dict[str, float]:
     if len(np.unique(groups)) < 2:
         value = float(values.mean()) if len(values) else math.nan
         return {"value": value, "low": math.nan, "high": math.nan}
-    return _with_interval(lambda p, _: float(p.mean()), values, groups, groups)
+    return _with_intervals({"mean": mean_value}, values, groups, groups)["mean"]
 
 
 @dataclass(frozen=True)

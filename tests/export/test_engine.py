@@ -111,8 +111,8 @@ def outputs_of(model: onnx.ModelProto, scans: np.ndarray) -> dict[str, np.ndarra
     return dict(zip(names, session.run(names, {"scan": scans}), strict=True))
 
 
-def test_half_precision_keeps_the_contract_and_nearly_the_answers(exported, scan_batch):
-    model = onnx.load(exported)
+def test_half_precision_keeps_the_contract_and_nearly_the_answers(full_width, scan_batch):
+    model = onnx.load(full_width.onnx)
     graph = graph_of_precision(model, "fp16")
     assert contract_differences(graph, 4) == []
     kernels = [t for t in graph.graph.initializer if len(t.dims) == 4 and t.dims[2] == 3]

@@ -41,14 +41,14 @@ READY_TIMEOUT_S = 1200  # onnxruntime-tensorrt builds its engine while the model
 
 
 @pytest.fixture(scope="module")
-def variants(trained, exported, scan_batch, tmp_path_factory) -> Path:
+def variants(full_width, scan_batch, tmp_path_factory) -> Path:
     """The folders that serve-gpu.yaml names, with plans for this GPU; the graphs hold by fiat."""
     results = tmp_path_factory.mktemp("gpu") / "results"
     for name in ("export", "int8"):
         (results / name).mkdir(parents=True)
-        shutil.copy(trained.model / "facts.json", results / name)
-    shutil.copy(exported, results / "export" / "model.onnx")
-    quantized = export.quantize.quantized(onnx.load(exported), scan_batch)
+        shutil.copy(full_width.model / "facts.json", results / name)
+    shutil.copy(full_width.onnx, results / "export" / "model.onnx")
+    quantized = export.quantize.quantized(onnx.load(full_width.onnx), scan_batch)
     onnx.save(quantized, results / "int8" / "model.onnx")
     for name in ("engine", "engine-int8"):
         config = load_config(EngineConfig, CHECKOUT / "configs" / f"{name}.yaml")
@@ -106,8 +106,10 @@ def url(variants, tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("route", ROUTES.variants)
-def test_route_answers_as_keras_does_and_how_fast(url, trained, scan_batch, route, record_property):
-    wanted = keras_runner(load_trained(trained.model)[0])(scan_batch)
+def test_route_answers_as_keras_does_and_how_fast(
+    url, full_width, scan_batch, route, record_property
+):
+    wanted = keras_runner(load_trained(full_width.model)[0])(scan_batch)
     client = ScanClient(url, f"chestct_{route}", timeout_s=60, connect_timeout_s=READY_TIMEOUT_S)
     with client:
         got = triton_runner(client)(scan_batch)

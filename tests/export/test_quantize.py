@@ -29,6 +29,8 @@ from export.quantize import (
 from training.model import VGG_MEAN_BGR, build_classifier
 from training.scans import ScanSet
 
+pytestmark = pytest.mark.xdist_group("quantize")  # its fixtures are made once
+
 NARROW = (8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16)
 FACTS = ModelFacts(("a", "b", "c", "d"), LUNG_WINDOW, 1.0, 30.0, "run", "hash")
 
@@ -125,8 +127,8 @@ def test_openvino_runs_all_thirteen_convolutions_in_8_bits_with_their_biases(fil
     assert "Add" not in kinds  # a bias that is not fused costs a pass in FP32 over each layer
 
 
-def test_three_channel_preprocessing_is_read_from_the_graph(exported):
-    a, b = pixel_map(onnx.load(exported))
+def test_three_channel_preprocessing_is_read_from_the_graph(full_width):
+    a, b = pixel_map(onnx.load(full_width.onnx))
     np.testing.assert_allclose(a, [1, 1, 1], atol=1e-6)
     np.testing.assert_allclose(b, [-mean for mean in VGG_MEAN_BGR], atol=1e-4)
 
@@ -267,7 +269,8 @@ def test_variant_is_complete_and_calibrated_on_training_scans(trained, exported,
     assert record["calibration"]["part"] == "train"
     assert record["calibration"]["num_scans"] == 8
     assert set(record["calibration"]["scans_by_class"].values()) == {2}
-    assert (config.output / "model.onnx").stat().st_size < 0.3 * exported.stat().st_size
+    # In full width 0.25; a narrow network has more names than numbers.
+    assert (config.output / "model.onnx").stat().st_size < 0.4 * exported.stat().st_size
 
 
 def test_nothing_exported_is_one_line(tmp_path, capsys):

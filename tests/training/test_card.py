@@ -34,6 +34,8 @@ from training.model_card import (
 from training.report import HEADLINE, OPERATING_POINTS
 from training.split import SplitConfig, write_split
 
+pytestmark = pytest.mark.xdist_group("card")  # its fixtures are made once
+
 FILES = {"model_card.md", "model_card.html", "data_card.md", "data_card.html", "summary.json"}
 HOSTILE = 'test/normal/"><script>alert(1)</script>|`x`\n.png'
 
@@ -181,6 +183,7 @@ def test_every_score_is_that_of_the_metrics(written, records):
             for cell, key in zip(row[4:], HEADLINE, strict=True):
                 assert same(cell, answers[who].get(key)), (name, who, key, cell)
                 counted += 1
+        assert [row[0] for row in found.rows(name)] == list(answers["model"]["classes"])
         for row in found.rows(name):
             scores = answers["model"]["classes"][row[0]]
             assert [row[1], row[2]] == [str(scores["n"]), str(scores["groups"])]
@@ -198,6 +201,8 @@ def test_every_score_is_that_of_the_metrics(written, records):
 def test_operating_points_and_calibration_are_those_of_the_metrics(written, records):
     protocols = json.loads((records.evaluate / "metrics.json").read_text())["protocols"]
     found = page(written)
+    assert [row[0] for row in found.rows("operating-points")] == list(protocols)
+    assert [row[0] for row in found.rows("calibration")] == list(protocols)
     for row in found.rows("operating-points"):
         for cell, key in zip(row[2:], OPERATING_POINTS, strict=True):
             assert same(cell, protocols[row[0]]["model"][key])

@@ -17,6 +17,8 @@ from training.compare import CompareConfig, compare, flattened, main, shortened
 from training.compare_plots import scale_of
 from training.tracking import EXPERIMENT, FOLD_TAG, tagged_runs, tracked_run
 
+pytestmark = pytest.mark.xdist_group("compare")  # its fixtures are made once
+
 # Of the four comparable runs: name, balanced accuracy, Brier, learning rate, contrast, weights.
 RUNS = [
     ("one", 0.70, 0.40, 1e-5, 0.2, "imagenet"),

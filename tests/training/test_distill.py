@@ -11,6 +11,8 @@ from training.fit import FitConfig
 from training.model import load_trained, map_from, widths_of
 from training.scans import read_split
 
+pytestmark = pytest.mark.xdist_group("distill")  # its fixtures are made once
+
 TINY = [8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16]
 
 
@@ -25,7 +27,7 @@ def config(trained, tmp_path_factory) -> DistillConfig:
         teacher=trained.model,
         fit=fit,
         output=folder / "students",
-        cache=trained.cache,
+        cache=folder / "cache",
         students={"tiny": TINY},
         pruning_scans=6,
         epochs=6,

@@ -10,6 +10,8 @@ from chestct.scan import list_scans
 from training.domain import check_domain, report_lines
 from training.model import load_trained
 
+pytestmark = pytest.mark.xdist_group("domain")  # its fixtures are made once
+
 
 @pytest.fixture(scope="module")
 def checked(trained, tmp_path_factory):
@@ -56,7 +58,8 @@ def test_rules_accept_phantoms(checked):
 
 def test_distance_tells_foreign_pictures_apart(checked):
     assert checked["auroc_n"] == [12, 2]
-    assert 0 <= checked["auroc"] <= 1
+    # A random network sees both pictures of noise farther out than any phantom.
+    assert checked["auroc"] == 1
 
 
 def test_report_holds_every_row(checked):

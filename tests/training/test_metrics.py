@@ -6,17 +6,26 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+import training.metrics
 from training.metrics import (
+    Statistic,
+    accuracy,
     auroc,
     balanced_accuracy,
     bootstrap_interval,
+    bootstrap_intervals,
     brier_score,
     calibration_error,
+    class_auroc,
     confusion,
     macro_auroc,
+    mean_value,
+    paired_difference,
     reliability,
     score,
+    sensitivity,
     sensitivity_at,
+    specificity,
     wilson_interval,
 )
 
@@ -117,10 +126,127 @@ def test_brier_and_calibration_error_by_hand():
 def test_sensitivity_at_a_specificity_by_hand():
     scores = np.array([0.1, 0.2, 0.3, 0.9, 0.25, 0.35, 0.95])
     positive = np.array([False] * 4 + [True] * 3)
-    assert sensitivity_at(scores, positive, 1.0) == pytest.approx(1 / 3)  # above 0.9
-    assert sensitivity_at(scores, positive, 0.75) == pytest.approx(2 / 3)  # above 0.3
-    assert sensitivity_at(scores, positive, 0.5) == 1  # above 0.2
-    assert math.isnan(sensitivity_at(scores, np.ones(7, bool), 0.95))
+    assert sensitivity_at(1.0)(scores, positive) == pytest.approx(1 / 3)  # above 0.9
+    assert sensitivity_at(0.75)(scores, positive) == pytest.approx(2 / 3)  # above 0.3
+    assert sensitivity_at(0.5)(scores, positive) == 1  # above 0.2
+    assert math.isnan(sensitivity_at(0.95)(scores, np.ones(7, bool)))
+    assert math.isnan(sensitivity_at(0.95)(scores, np.zeros(7, bool)))
+
+
+# What each statistic is, written down for one resample with all its scans one after the other.
+
+
+def area_by_pairs(scores: np.ndarray, positive: np.ndarray) -> float:
+    if positive.all() or not positive.any():
+        return math.nan
+    pairs = scores[positive][:, np.newaxis] - scores[~positive]
+    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+
+
+def plain_macro_auroc(p: np.ndarray, y: np.ndarray) -> float:
+    return float(np.mean([area_by_pairs(p[:, c], y == c) for c in np.unique(y)]))
+
+
+def plain_balanced_accuracy(p: np.ndarray, y: np.ndarray) -> float:
+    return float(np.mean([(p.argmax(1) == y)[y == c].mean() for c in np.unique(y)]))
+
+
+def plain_sensitivity(p: np.ndarray, y: np.ndarray) -> float:
+    return float((p.argmax(1) == 2)[y == 2].mean()) if (y == 2).any() else math.nan
+
+
+def plain_specificity(p: np.ndarray, y: np.ndarray) -> float:
+    return float((p.argmax(1) != 2)[y != 2].mean()) if (y != 2).any() else math.nan
+
+
+def plain_sensitivity_at(p: np.ndarray, y: np.ndarray) -> float:
+    if (y == 1).all() or not (y == 1).any():
+        return math.nan
+    others = sorted(p[y != 1, 1])
+    threshold = others[math.ceil(0.95 * len(others)) - 1]
+    return float((p[y == 1, 1] > threshold).mean())
+
+
+def plain_calibration_error(p: np.ndarray, y: np.ndarray) -> float:
+    top, right = p.max(1), p.argmax(1) == y
+    bins = np.minimum((top * 10).astype(int), 9)
+    gaps = [abs((top - right)[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
+    return float(sum(gaps))
+
+
+RESAMPLED = {
+    "accuracy": (accuracy, lambda p, y: float((p.argmax(1) == y).mean())),
+    "balanced accuracy": (balanced_accuracy, plain_balanced_accuracy),
+    "macro AUROC": (macro_auroc, plain_macro_auroc),
+    "AUROC": (class_auroc(2), lambda p, y: area_by_pairs(p[:, 2], y == 2)),
+    "sensitivity": (sensitivity(2), plain_sensitivity),
+    "specificity": (specificity(2), plain_specificity),
+    "sensitivity at": (
+        Statistic(lambda p, y, w: sensitivity_at(0.95).resampled(p[:, 1], y == 1, w)),
+        plain_sensitivity_at,
+    ),
+    "Brier": (brier_score, lambda p, y: float(((p - np.eye(3)[y]) ** 2).sum(1).mean())),
+    "calibration error": (calibration_error, plain_calibration_error),
+    "mean": (
+        Statistic(lambda p, y, w: mean_value.resampled(p[:, 0], y, w)),
+        lambda p, y: float(p[:, 0].mean()),
+    ),
+    "difference": (
+        Statistic(
+            lambda p, y, w: paired_difference(balanced_accuracy, 3).resampled(
+                np.hstack([p, p[::-1]]), y, w
+            )
+        ),
+        None,  # its pairs are of all scans, so it is written down below
+    ),
+}
+
+
+@pytest.mark.parametrize("num_scans", [9, 90])
+@pytest.mark.parametrize("weights_at_once", [1, 200, 1 << 18])
+def test_all_resamples_at_once_are_the_resamples_one_by_one(
+    monkeypatch, num_scans, weights_at_once
+):
+    """Groups of several sizes, tied scores, and classes that some resamples lack."""
+    monkeypatch.setattr(training.metrics, "WEIGHTS_AT_ONCE", weights_at_once)
+    monkeypatch.setattr(training.metrics, "RESAMPLES", 80)
+    rng = np.random.default_rng(num_scans)
+    labels = rng.integers(0, 2, num_scans)
+    labels[2] = 2
+    raw = rng.random((num_scans, 3)) + 0.4 * np.eye(3)[labels]
+    probabilities = np.round(raw / raw.sum(axis=1, keepdims=True), 1).astype(np.float32)
+    groups = 7 * rng.integers(0, num_scans // 2, num_scans)
+    found = bootstrap_intervals(
+        {name: statistic for name, (statistic, _) in RESAMPLED.items()},
+        probabilities, labels, groups, seed=3,
+    )  # fmt: skip
+
+    draw = np.random.default_rng(3)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    values = {name: [] for name in RESAMPLED}
+    for _ in range(80):
+        chosen = draw.integers(len(members), size=len(members))
+        scans = np.concatenate([members[index] for index in chosen])
+        p, other, y = probabilities[scans], probabilities[::-1][scans], labels[scans]
+        for name, (_, plain) in RESAMPLED.items():
+            if plain is None:
+                value = plain_balanced_accuracy(other, y) - plain_balanced_accuracy(p, y)
+            else:
+                value = plain(p, y)
+            if not math.isnan(value):
+                values[name].append(value)
+    assert 0 < len(values["sensitivity"]) < 80  # some resamples lack the class
+    for name, one_by_one in values.items():
+        wanted = np.quantile(one_by_one, [0.025, 0.975])
+        np.testing.assert_allclose(found[name], wanted, atol=1e-6, err_msg=name)
+
+
+def test_what_no_resample_defines_has_no_interval():
+    probabilities, labels = np.full((4, 3), 1 / 3, np.float32), np.zeros(4, int)
+    found = bootstrap_interval(macro_auroc, probabilities, labels, np.arange(4))
+    assert all(math.isnan(end) for end in found)
+    scores = np.array([0.1, math.nan, 0.3, 0.4])
+    assert math.isnan(auroc(scores, np.array([True, False, True, False])))
 
 
 def test_normal_against_rest_needs_a_class_of_that_name(predictions):

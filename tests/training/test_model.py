@@ -15,6 +15,8 @@ from training.model import (
     with_temperature,
 )
 
+pytestmark = pytest.mark.xdist_group("model")  # its fixtures are made once
+
 
 @pytest.fixture(scope="module")
 def model() -> keras.Model:

@@ -13,6 +13,8 @@ from training.model import (
 )
 from training.prune import chosen_channels, grey_kernel, pruned
 
+pytestmark = pytest.mark.xdist_group("prune")  # its fixtures are made once
+
 WIDE = (8, 8, 12, 12, 16, 16, 16, 20, 20, 20, 24, 24, 24)
 HALF = tuple(width // 2 for width in WIDE)
 

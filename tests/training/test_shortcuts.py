@@ -34,6 +34,8 @@ from training.shortcuts import (
     shortcut_scores,
 )
 
+pytestmark = pytest.mark.xdist_group("shortcuts")  # its fixtures are made once
+
 SOFT_WINDOW = Window(center_hu=40, width_hu=400)
 BONE_WINDOW = Window(center_hu=600, width_hu=400)
 

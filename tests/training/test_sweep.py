@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
 import pytest
 import yaml
 
+import training.fit
+import training.sweep
 from training.config import load_config
-from training.sweep import SweepConfig, main, points_of
+from training.fit import FitConfig
+from training.model import build_classifier
+from training.sweep import Point, SweepConfig, main, points_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -20,8 +26,8 @@ def base(phantoms, tmp_path) -> Path:
     """A training of seconds: the head alone, on random convolutions."""
     file = tmp_path / "train.yaml"
     settings = {
-        "scans": str(phantoms.scans), "split": str(phantoms.split), "cache": str(phantoms.cache),
-        "weights": "random", "epochs": 0, "augmented_copies": 0,
+        "scans": str(phantoms.scans), "split": str(phantoms.split),
+        "cache": str(tmp_path / "cache"), "weights": "random", "epochs": 0, "augmented_copies": 0,
         "augmentation": {"shift": 0.05, "contrast": 0.1},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(settings))
@@ -103,15 +109,32 @@ def test_all_points_are_checked_before_the_first_is_trained(base, grid, message)
         points_of(config_of(base, grid=grid))
 
 
-@pytest.mark.slow
+def train_narrow(config: FitConfig, tags: Mapping[str, str]) -> None:
+    """What a point's process does, with the narrow network, which that process does not know."""
+    training.fit.build_classifier = functools.partial(build_classifier, widths=(8,) * 13)
+    training.sweep._train(config, tags)
+
+
+def train_here(point: Point, tags: Mapping[str, str]) -> str | None:
+    """A point in this process, which spares the start of TensorFlow in another."""
+    with pytest.raises(SystemExit) as ended:
+        training.sweep._train(point.fit, tags)
+    return "failed; its message stands above" if ended.value.code else None
+
+
+@pytest.mark.parametrize("where", ["here", pytest.param("apart", marks=pytest.mark.slow)])
 def test_a_failing_point_costs_itself_and_finished_ones_are_skipped(
-    base, trained, tmp_path, capfd, caplog
+    base, where, tmp_path, monkeypatch, capfd, caplog
 ):
     """The file of the second point's kernels is missing; before the next call it is put there."""
     caplog.set_level("INFO")
+    if where == "apart":
+        monkeypatch.setattr(training.sweep, "_train", train_narrow)
+    else:
+        monkeypatch.setattr(training.sweep, "_trained_apart", train_here)
     kernels = tmp_path / "kernels.keras"
     settings = {
-        "name": "kernels", "base": str(base), "output": str(tmp_path / "sweep"),
+        "name": f"kernels-{where}", "base": str(base), "output": str(tmp_path / "sweep"),
         "grid": {"weights": ["random", str(kernels)]},
     }  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
@@ -129,7 +152,7 @@ def test_a_failing_point_costs_itself_and_finished_ones_are_skipped(
     assert said.out.splitlines()[1].split()[:2] == ["1", run[:8]]
 
     stored = mlflow.get_run(run).data
-    assert stored.tags["sweep"] == "kernels"
+    assert stored.tags["sweep"] == f"kernels-{where}"
     assert stored.metrics["valid.n"] == 12
     low, value, high = (
         stored.metrics[f"valid.balanced_accuracy{end}"] for end in (".low", "", ".high")
@@ -138,7 +161,7 @@ def test_a_failing_point_costs_itself_and_finished_ones_are_skipped(
     assert not [key for key in stored.metrics if key.startswith(("official", "test"))]
     assert {"compare.csv", "compare.html"} <= {path.name for path in record.parents[1].iterdir()}
 
-    shutil.copy(trained.model / "model.keras", kernels)
+    shutil.copy(next((tmp_path / "sweep").glob("*/model.keras")), kernels)
     before = record.stat().st_mtime_ns
     caplog.clear()
     assert main(["--config", str(tmp_path / "sweep.yaml")]) == 0

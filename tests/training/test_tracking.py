@@ -21,6 +21,8 @@ import yaml
 import training.compare
 from training.tracking import main, shown_address, tagged_runs, tracked_run
 
+pytestmark = pytest.mark.xdist_group("tracking")  # its fixtures are made once
+
 
 def status(run_id: str) -> str:
     return mlflow.get_run(run_id).info.status
@@ -275,8 +277,8 @@ def test_training_to_export_on_a_server_with_a_password(
     log_in(monkeypatch, server, USER, PASSWORD)
     monkeypatch.chdir(tmp_path)
     settings = {
-        "scans": str(phantoms.scans), "split": str(phantoms.split), "cache": str(phantoms.cache),
-        "weights": "random", "epochs": 0, "augmented_copies": 0,
+        "scans": str(phantoms.scans), "split": str(phantoms.split),
+        "cache": str(tmp_path / "cache"), "weights": "random", "epochs": 0, "augmented_copies": 0,
     }  # fmt: skip
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     assert training.fit.main(["--config", "train.yaml"]) == 0
