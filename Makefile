@@ -23,6 +23,8 @@ SERVERS := not slow and server
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
+# Modules stay compiled, whatever the shell says: it saves every command 6 seconds of TensorFlow.
+export PYTHONDONTWRITEBYTECODE :=
 export DATA
 
 .PHONY: help
