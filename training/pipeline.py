@@ -233,7 +233,7 @@ class _Log:
                 self._file.close()
             LOGS.mkdir(parents=True, exist_ok=True)
             self._path, self._file = path, path.open("w", encoding="utf-8")
-        self._file.write(text + "\n")
+        self._file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         self._file.flush()
 
     def failure(self) -> StageFailedError:

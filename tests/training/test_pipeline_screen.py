@@ -93,7 +93,7 @@ def test_a_terminal_shows_the_progress_bar_of_the_stage(
     assert "wrote model.keras" not in text
     assert text.rstrip().endswith(" s")
     log = (tmp_path / "results/logs/train.log").read_text()
-    assert log.splitlines()[-1] == "wrote model.keras"
+    assert log.splitlines()[-1].endswith(" wrote model.keras")
 
 
 @pytest.mark.parametrize("columns", [None, 60])
