@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import ssl
     from urllib.request import OpenerDirector
 
+__all__ = ["Proxy", "grpc_proxy", "is_loopback", "url_opener", "url_proxy", "without_credentials"]
+
 GRPC_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 GRPC_EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
 
