@@ -106,7 +106,9 @@ def test_pipeline_runs_once_and_then_has_nothing_to_do(clone):
     ]
     assert (clone / "model_repository" / "chestct" / "2").is_dir()
 
-    unchanged = run(clone, "python", "-m", "training.ingest", "--changed")
-    assert unchanged.stdout == "unchanged\n"
-    other = run(clone, "python", "-m", "training.ingest", "--changed", "--source", str(clone))
-    assert other.stdout == "changed\n"
+    code = (
+        "import os; from training.ingest import IngestConfig, inputs_changed; "
+        "print(inputs_changed(os.environ, IngestConfig()))"
+    )
+    assert run(clone, "python", "-c", code).stdout == "False\n"
+    assert run(clone, "env", f"DATA={clone}", "python", "-c", code).stdout == "True\n"
