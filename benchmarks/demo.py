@@ -209,6 +209,15 @@ def pipeline_in_words() -> list[str]:
             f"{values['accuracy']} (the commonest class alone: {values['majority_accuracy']}), "
             f"macro AUROC {values.get('macro_auroc', 'undefined')}."
         )
+    for point in json.loads(Path("results/compressed/curve.json").read_text())["points"]:
+        if point["name"] != "full":
+            refused = "; ".join(point["valid"]["refused_for"])
+            said = (
+                f"refused by its gate and not published: {refused}"
+                if refused
+                else "within its gate"
+            )
+            lines.append(f"Compressed: student {point['name']} is {said}.")
     place = place_in_words(latency["environment"])
     return ["Latency:    one scan a request; " + place, "", *short_table(latency), "", *lines]
 

@@ -79,11 +79,17 @@ def test_pipeline_is_told_with_the_speed_table(tmp_path, monkeypatch):
         "scored_on": "24 test scans",
         "rows": [row | {"batch": 1}, row | {"batch": 8, "p50_ms": 99.0}],
     }
+    points = [
+        {"name": "third", "valid": {"refused_for": []}},
+        {"name": "quarter", "valid": {"refused_for": ["accuracy_drop 0.1 (limit 0.01)"]}},
+        {"name": "full", "valid": {"refused_for": []}},
+    ]
     scores = {"official": {"n": 24, "accuracy": 0.9, "majority_accuracy": 0.25}}
     for name, content in (
         ("data/ingest.json", {"source": "phantom"}),
         ("results/benchmark/latency.json", latency),
         ("results/evaluate/scores.json", scores),
+        ("results/compressed/curve.json", {"points": points}),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
@@ -95,4 +101,7 @@ def test_pipeline_is_told_with_the_speed_table(tmp_path, monkeypatch):
         "triton_grpc", "int8", "20.0", "6.00 x", "3.50 x", "0.900 (0.800 to 0.950)",
     ]  # fmt: skip
     assert "99.0" not in said
+    assert "student third is within its gate." in said
+    assert "student quarter is refused by its gate and not published: accuracy_drop 0.1" in said
+    assert "student full" not in said
     assert "VGG-16 on phantom; official test split, n = 24: accuracy 0.9" in said
