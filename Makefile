@@ -7,6 +7,8 @@ MAKEFLAGS += --no-print-directory
 # The CPU, on a machine with a GPU too; DEVICE=gpu asks for CUDA and TensorRT.
 DEVICE ?= cpu
 export DEVICE PYTHON
+# What the user chose among the GPUs, for a call with DEVICE=gpu.
+USER_GPUS := $(CUDA_VISIBLE_DEVICES)
 ifeq ($(DEVICE),cpu)
 export CUDA_VISIBLE_DEVICES := -1
 endif
@@ -54,7 +56,7 @@ protocols: environments  ## Score the trained model under every protocol; trains
 	@python -m training.evaluate --protocol all --output results/protocols \
 		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS)) \
 		$(if $(EXTERNAL),--external $(EXTERNAL)) $(if $(FOREIGN),--foreign $(FOREIGN)) $(if $(CHEST),--chest $(CHEST)) \
-		$(if $(BOXES),--boxes $(BOXES))
+		$(if $(BOXES),--boxes $(BOXES)) $(if $(wildcard data/overrides.yaml),--overrides data/overrides.yaml)
 
 .PHONY: compare
 compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say by what
@@ -120,7 +122,7 @@ guard: environments  ## Compare the last latency benchmark with the committed on
 .PHONY: gpu-check
 gpu-check:  ## Everything that needs an NVIDIA GPU: plans, routes, parity, latency
 ifneq ($(DEVICE),gpu)
-	@env -u CUDA_VISIBLE_DEVICES $(MAKE) gpu-check DEVICE=gpu
+	@env -u CUDA_VISIBLE_DEVICES $(if $(USER_GPUS),CUDA_VISIBLE_DEVICES=$(USER_GPUS)) $(MAKE) gpu-check DEVICE=gpu
 else
 	@locks/install.sh main test triton
 	@python -m export.engine --find-gpu

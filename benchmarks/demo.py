@@ -176,7 +176,7 @@ def in_words(served: Served, scans: Path) -> list[str]:
 def short_table(latency: dict[str, Any]) -> list[str]:
     """The latency of one scan a request, every engine and variant beside both Keras baselines."""
     rows = [row for row in latency["rows"] if row["batch"] == 1]
-    texts = [("engine", "variant", "p50 ms", "against predict", "tf.function", "accuracy")] + [
+    texts = [("engine", "variant", "p50 ms", "x predict", "x tf.function", "accuracy")] + [
         (
             row["engine"],
             row["variant"],
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
     return run_command(
         work,
-        errors=(LocalTritonError, StageFailedError),
+        errors=(LocalTritonError, StageFailedError, subprocess.TimeoutExpired),
         interrupted="interrupted: finished stages are kept; the same command goes on",
     )
 

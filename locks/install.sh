@@ -74,8 +74,13 @@ check_disk() {
 
 # uv does not read pip's settings: a mirror or a certificate that pip knows is handed on.
 hand_on() {
-  local value
+  local value named=${1^^}
   [ -z "${!2:-}" ] || return 0
+  named=PIP_${named//-/_} # goes before the files, as pip has it
+  if [ -n "${!named:-}" ]; then
+    export "$2=${!named}"
+    return 0
+  fi
   value=$("$BASE" -m pip config list 2>/dev/null | sed -n "s/^[^ ]*\.$1='\(.*\)'\$/\1/p" | tail -n 1) ||
     return 0
   [ -z "$value" ] || export "$2=$value"
@@ -86,7 +91,7 @@ get_uv() {
   local log
   UV=$HERE/.tools/bin/uv
   export UV_LINK_MODE=${UV_LINK_MODE:-hardlink} UV_NO_CONFIG=1
-  # Set to their names in uv by whoever needs other ones.
+  # Whoever needs others sets uv's own variables.
   hand_on index-url UV_DEFAULT_INDEX
   hand_on cert SSL_CERT_FILE
   [ "$(cat .tools/.installed 2>/dev/null)" != "$(cat locks/uv.txt)" ] || return 0
@@ -106,7 +111,7 @@ build() {
   local folder=$1 stamp=$1/.installed-$2 wanted
   wanted=$(printf '%s\n' "$HERE/$folder" "$BASE"; cat "${@:5}")
   [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
-  check_disk
+  [ "$stamp" != .venv/.installed-main ] || check_disk
   get_uv
   echo "building $folder: $3" >&2
   "$4" "$folder"

@@ -43,7 +43,7 @@ class _UseOverrides(argparse.Action):
     ) -> None:
         try:
             use_overrides(read_overrides(values))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error))
         setattr(namespace, self.dest, values)
 

@@ -155,19 +155,25 @@ def choose_source(flag: str | None, environment: Mapping[str, str], config: Inge
 
 
 def choose_overrides(
-    flag: Path | None, environment: Mapping[str, str], config: IngestConfig
+    flag: Path | None, source: str | None, environment: Mapping[str, str], config: IngestConfig
 ) -> dict[str, dict[str, Any]]:
     """Overrides for the whole pipeline: of the flag's file, else of the file that OVERRIDES names.
 
-    With neither, a source that DATA names is taken with the full settings, and a run that names
-    nothing keeps the recorded overrides.
+    With neither, a source that a flag or DATA names is taken with the full settings, and a run
+    that names nothing keeps the recorded overrides.
+
+    Args:
+        flag: File that --overrides names.
+        source: What --source names.
+        environment: Of the process.
+        config: Names the recorded overrides.
 
     Raises:
         ValueError: A file cannot be read or has another form.
     """
     if named := flag or environment.get("OVERRIDES"):
         return read_overrides(Path(named))
-    if environment.get("DATA") or not config.overrides.is_file():
+    if source or environment.get("DATA") or not config.overrides.is_file():
         return {}
     return read_overrides(config.overrides)
 
@@ -220,7 +226,7 @@ def inputs_changed(environment: Mapping[str, str], config: IngestConfig) -> bool
     Raises:
         ValueError: The source, or one of the files, cannot be read.
     """
-    overrides = choose_overrides(None, environment, config)
+    overrides = choose_overrides(None, None, environment, config)
     if not config.overrides.is_file() or read_overrides(config.overrides) != overrides:
         return True
     return has_changed(choose_source(None, environment, config), config)
@@ -734,7 +740,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.sha256 is not None:
             config = dataclasses.replace(config, sha256=arguments.sha256)
         source = choose_source(arguments.source, os.environ, config)
-        overrides = choose_overrides(arguments.overrides, os.environ, config)
+        overrides = choose_overrides(arguments.overrides, arguments.source, os.environ, config)
+        if "ingest" in overrides:
+            raise ValueError("overrides of ingest: name these settings in configs/ingest.yaml")
         use_overrides(overrides)
         table = ingest(source, config)
         write_yaml(config.overrides, overrides)

@@ -21,7 +21,7 @@ import yaml
 
 from training.command import run_command
 from training.config import load_config
-from training.ingest import IngestConfig, inputs_changed
+from training.ingest import IngestConfig, choose_overrides, inputs_changed
 
 LOGS = Path("results/logs")
 RUNNING = re.compile(r"Running stage '([^']+)':")
@@ -57,6 +57,10 @@ class Screen:
         """Characters that a line may have."""
         return shutil.get_terminal_size().columns
 
+    def say(self, text: str) -> None:
+        """A line between those of the stages."""
+        self._stream.write(f"{text}\n")
+
     def begin(self, name: str, what: str) -> None:
         """A stage runs from now on."""
         self._number += 1
@@ -79,7 +83,8 @@ class Screen:
         result = result or f"{time.monotonic() - self._began:.0f} s"
         below = "\n\x1b[2K\x1b[1A" if self._has_bar else ""
         start = "\r\x1b[2K" if self.is_live else ""
-        self._stream.write(f"{below}{start}{self._line:54} {result:>9}\n")
+        line = f"{self._line:{max(0, min(54, self.columns - 12))}}"
+        self._stream.write(f"{below}{start}{line} {result:>9}\n")
         self._stream.flush()
         self._has_bar = False
 
@@ -127,7 +132,13 @@ def _pieces(output: IO[bytes]) -> Iterator[tuple[str, bool]]:
             chunk = output.read(1 << 16)
         except OSError:  # a terminal that nobody writes to any more
             chunk = b""
-        *pieces, waiting = re.split(rb"(?<=[\r\n])", waiting + chunk.replace(b"\r\n", b"\n"))
+        data = waiting + chunk
+        held = (
+            b"\r" if chunk and data.endswith(b"\r") else b""
+        )  # perhaps the half of an end of line
+        data = data[: len(data) - len(held)].replace(b"\r\n", b"\n")
+        *pieces, waiting = re.split(rb"(?<=[\r\n])", data)
+        waiting += held
         if not chunk and waiting:
             pieces.append(waiting)
         for piece in pieces:
@@ -157,6 +168,8 @@ def reproduce(screen: Screen) -> None:
     config = load_config(IngestConfig, Path("configs/ingest.yaml"))
     dvc = [sys.executable, "-m", "dvc", "repro"]
     commands = [dvc]
+    if choose_overrides(None, None, os.environ, config) and not os.environ.get("OVERRIDES"):
+        screen.say(f"settings of the last run: {config.overrides}; DATA=... takes the full ones")
     if inputs_changed(os.environ, config):
         commands.insert(0, [*dvc, "--force", "--single-item", "ingest"])
     seen: set[str] = set()
@@ -183,6 +196,10 @@ def reproduce(screen: Screen) -> None:
             if running:
                 screen.end("failed")
             raise log.failure() from error
+        except KeyboardInterrupt:
+            if running:
+                screen.end("interrupted")
+            raise
         if running:
             screen.end()
 
@@ -204,6 +221,9 @@ def run_step(screen: Screen, name: str, what: str, command: Sequence[str]) -> No
         except subprocess.CalledProcessError as error:
             screen.end("failed")
             raise log.failure() from error
+        except KeyboardInterrupt:
+            screen.end("interrupted")
+            raise
         screen.end()
 
 
@@ -237,7 +257,9 @@ class _Log:
         self._file.flush()
 
     def failure(self) -> StageFailedError:
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._file else []
+        if self._path != LOGS / f"{self.name}.log":
+            return StageFailedError(f"{self.name} failed and printed nothing")
+        lines = self._path.read_text(encoding="utf-8").splitlines()
         end = "\n".join(f"  {line}" for line in lines[-SHOWN_ON_ERROR:])
         return StageFailedError(f"{self.name} failed; all it said is in {self._path}:\n{end}")
 

@@ -195,14 +195,21 @@ def _relocate(database: Path, here: str) -> None:
 
 
 def _former_folders(store: sqlite3.Connection, here: str) -> set[str]:
-    """The folders `mlruns`, other than `here`, of experiments in the place that is the default."""
-    try:
-        rows = store.execute("SELECT artifact_location, experiment_id FROM experiments").fetchall()
-    except sqlite3.OperationalError:  # MLflow has not laid out its tables yet
-        return set()
+    """The folders `mlruns`, other than `here`, of experiments whose artifacts came to `here`."""
+    if not store.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+        return set()  # MLflow has not laid out its tables yet
+    rows = store.execute("SELECT artifact_location, experiment_id FROM experiments").fetchall()
     found = (re.fullmatch(r"(/.*/mlruns)/(\d+)", location or "") for location, _ in rows)
     matches = zip(found, (number for _, number in rows), strict=True)
-    return {m[1] for m, number in matches if m and m[2] == str(number) and m[1] != here}
+    return {
+        m[1]
+        for m, number in matches
+        if m
+        and m[2] == str(number)
+        and m[1] != here
+        # Somebody's own folder with the default's name stays: it is there, and ours is not.
+        and (Path(here, m[2]).is_dir() or not Path(m[1]).exists())
+    }
 
 
 def _reach_loopback_directly() -> None:
@@ -210,7 +217,7 @@ def _reach_loopback_directly() -> None:
     host = urlsplit(store_address()).hostname or ""
     if is_loopback(host):
         known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-        if host not in known.split(","):
+        if known.strip() != "*" and host not in (entry.strip() for entry in known.split(",")):
             os.environ["no_proxy"] = f"{known},{host}".lstrip(",")
 
 

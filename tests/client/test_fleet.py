@@ -172,19 +172,20 @@ def test_all_servers_dead_fail_after_patience(
 @pytest.mark.parametrize(
     ("key", "text", "said"),
     [
-        ("training_run", "run-8", "run is run-8, expected run-7"),
-        ("labels", '["a", "b", "c", "d"]', "labels is"),
-        ("window_center_hu", "40.0", "window is"),
+        ("training_run", "run-8", {"run is run-8, expected run-7", "run is run-7, expected run-8"}),
+        ("labels", '["a", "b", "c", "d"]', {"labels is"}),
+        ("window_center_hu", "40.0", {"window is"}),
     ],
 )
 def test_models_that_differ_are_not_mixed(
-    make_peer: Callable[..., Any], key: str, text: str, said: str
+    make_peer: Callable[..., Any], key: str, text: str, said: set[str]
 ) -> None:
+    """The first that answers is what the others are held to."""
     peers = [make_peer("grpc"), make_peer("grpc")]
     peers[1].model.parameters[key] = text
     with pytest.raises(ContractError, match=r"not that of the other servers: ") as raised:
         Fleet([peer.url for peer in peers]).__enter__()
-    assert said in str(raised.value)
+    assert any(words in str(raised.value) for words in said)
 
 
 def test_server_that_comes_back_with_another_model_stays_out(

@@ -56,9 +56,9 @@ def grpc_proxy(host: str) -> Proxy | None:
 
     The rules are those of `http_proxy_mapper.cc`; only proxies with the scheme http are taken.
     """
-    variable = next((name for name in GRPC_VARIABLES if os.environ.get(name)), None)
-    if variable is None or is_loopback(host):
-        return None
+    variable = next((name for name in GRPC_VARIABLES if name in os.environ), None)
+    if variable is None or not os.environ[variable] or is_loopback(host):
+        return None  # a variable that is set and empty asks for a direct connection
     value = os.environ[variable]
     exceptions = next((os.environ[name] for name in GRPC_EXCEPTIONS if name in os.environ), "")
     entries = [entry.strip() for entry in exceptions.split(",") if entry.strip()]
