@@ -133,9 +133,8 @@ def _pieces(output: IO[bytes]) -> Iterator[tuple[str, bool]]:
         except OSError:  # a terminal that nobody writes to any more
             chunk = b""
         data = waiting + chunk
-        held = (
-            b"\r" if chunk and data.endswith(b"\r") else b""
-        )  # perhaps the half of an end of line
+        # A carriage return at the end may be half of an end of line.
+        held = b"\r" if chunk and data.endswith(b"\r") else b""
         data = data[: len(data) - len(held)].replace(b"\r\n", b"\n")
         *pieces, waiting = re.split(rb"(?<=[\r\n])", data)
         waiting += held
