@@ -32,7 +32,7 @@ from training.command import run_command
 from training.files import replaced, write_json
 from training.model import load_trained
 from training.pipeline import Screen, StageFailedError, reproduce, run_step, stage_descriptions
-from training.scans import load_pixels
+from training.scans import evenly_spread, load_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,8 @@ def serve_and_classify(scans: Path) -> Served:
         over_grpc = classify(server.grpc_url, scans)
         over_http = classify(server.http_url, scans)
         paths = [Path(line["path"]) for line in over_grpc if line["status"] == "ok"]
-        chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), COMPARED)).astype(int))
-        pixels = load_pixels([paths[index] for index in chosen], "decode for Keras", facts.window)
+        chosen = [paths[index] for index in evenly_spread(len(paths), COMPARED)]
+        pixels = load_pixels(chosen, "decode for Keras", facts.window)
         reference = ("keras", remembered(keras_runner(model)))
         with ScanClient(server.grpc_url) as client:
             precision = client.facts.precision

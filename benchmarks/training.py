@@ -27,7 +27,7 @@ from training.fit import (
     trainable_twin,
 )
 from training.model import build_classifier, frozen_prefix, logits_from
-from training.scans import read_split
+from training.scans import evenly_spread, read_split
 from training.weights import load_backbone_weights
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
         ValueError: The split or the weights cannot be used.
     """
     train = read_split(config.scans, config.split, config.window())["train"]
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(num_scans, len(train))).astype(int))
+    chosen = evenly_spread(len(train), num_scans)
     pixels, labels = train.pixels[chosen], train.labels[chosen]
     model = build_classifier(len(train.names))
     load_backbone_weights(model, config.weights)

@@ -18,7 +18,7 @@ from export.onnx import sha256_of
 from export.repository import parsed_config
 from serving.local import uses_gpu
 from training.metrics import score
-from training.scans import ScanSet, read_split
+from training.scans import ScanSet, evenly_spread, read_split
 
 SCORING_BATCH = 8
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
@@ -197,7 +197,7 @@ def _rounded(interval: Mapping[str, float]) -> dict[str, float | None]:
 def spread(scans: ScanSet, count: int) -> ScanSet:
     """At most `count` of some scans, evenly spread."""
     keep = np.zeros(len(scans), bool)
-    keep[np.linspace(0, len(scans) - 1, min(count, len(scans))).round().astype(int)] = True
+    keep[evenly_spread(len(scans), count)] = True
     return scans.where(keep)
 
 

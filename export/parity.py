@@ -35,7 +35,7 @@ from training.metrics import (
 )
 from training.model import load_trained
 from training.registry import model_folder
-from training.scans import ScanSet, read_split
+from training.scans import ScanSet, evenly_spread, read_split
 
 logger = logging.getLogger(__name__)
 
@@ -609,8 +609,7 @@ def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
     paths = list(list_scans(folder)) if folder.exists() else []
     if not paths:
         raise ValueError(f"{folder}: no scan found; parity needs at least one")
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
-    return np.stack([load_scan(paths[index]) for index in chosen])
+    return np.stack([load_scan(paths[index]) for index in evenly_spread(len(paths), count)])
 
 
 def facts_of(variant: Path) -> ModelFacts:

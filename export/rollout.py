@@ -57,7 +57,7 @@ from export.repository import (
 from training.command import command_parser, run_command
 from training.config import load_config
 from training.registry import model_folder
-from training.scans import ScanSet, read_split
+from training.scans import ScanSet, evenly_spread, read_split
 
 logger = logging.getLogger(__name__)
 
@@ -333,8 +333,7 @@ def _golden_set(config: RolloutConfig, source: Path) -> ScanSet:
     if config.golden not in sets or not len(sets[config.golden]):
         raise ValueError(f"golden is {config.golden!r}; expected a split with scans: {list(sets)}")
     scans = sets[config.golden]
-    count = min(len(scans), config.most_golden)
-    chosen = np.unique(np.linspace(0, len(scans) - 1, count).round().astype(int))
+    chosen = evenly_spread(len(scans), config.most_golden)
     return ScanSet(
         scans.pixels[chosen],
         scans.labels[chosen],

@@ -449,6 +449,7 @@ class LocalTriton:
         self._exit_timeout_s = exit_timeout_s
         self._extra_args = tuple(extra_args)
         self._installation: Installation | None = None
+        self._uses_gpu = False
         self._run_directory: Path | None = None
         self._log_start = 0
         self._guard: subprocess.Popen[str] | None = None
@@ -511,7 +512,8 @@ class LocalTriton:
         if self._models or self._control_mode != "explicit":
             _check_repository(self._repository, self._models)
         self._installation = find_installation(self._environment)
-        if os.environ.get("DEVICE") == "gpu" and not uses_gpu(self._environment):
+        self._uses_gpu = uses_gpu(self._environment)
+        if os.environ.get("DEVICE") == "gpu" and not self._uses_gpu:
             logger.warning(
                 "DEVICE=gpu: no NVIDIA driver answers, or the ONNX Runtime in %s is not built for "
                 "CUDA; models are served on the CPU",
@@ -705,7 +707,7 @@ class LocalTriton:
             *(f"--load-model={name}" for name in self._models),
             # The exported configs are complete, and guessing costs each model a second.
             "--disable-auto-complete-config",
-            *([] if uses_gpu(self._environment) else ["--model-config-name=cpu"]),
+            *([] if self._uses_gpu else ["--model-config-name=cpu"]),
             f"--backend-directory={backends}",
             f"--cache-directory={installation.server / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
@@ -736,7 +738,7 @@ class LocalTriton:
                 "PATH": f"{installation.bin}:{os.environ.get('PATH', os.defpath)}",
                 "LD_LIBRARY_PATH": installation.library_path,
                 **{k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "NVIDIA_"))},
-                **({} if uses_gpu(self._environment) else {"CUDA_VISIBLE_DEVICES": "-1"}),
+                **({} if self._uses_gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
             },
             "parent_pid": os.getpid(),
             "kill_after_s": self._exit_timeout_s + KILL_MARGIN_S,

@@ -54,6 +54,11 @@ class ScanSet:
         return ScanSet(self.pixels[keep], self.labels[keep], self.groups[keep], paths, self.names)
 
 
+def evenly_spread(total: int, count: int) -> npt.NDArray[np.int64]:
+    """Indices of at most `count` of `total` items, int64, rising, evenly spread from end to end."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
 def read_split(scans: Path, split_file: Path, window: Window = LUNG_WINDOW) -> dict[str, ScanSet]:
     """The scan sets `train`, `valid` and `test` of a split file.
 
