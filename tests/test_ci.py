@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import programs
+from tests.support.waiting import until
 
 CHECKOUT = Path(__file__).parents[1]
 PARTS = {"unit": "test-unit", "servers": "test-servers", "pipeline": "test-slow"}
@@ -239,8 +241,8 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def ci_run(checkout: Path, *parts: str, fault: str = "none") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def start_ci(checkout: Path, *parts: str, fault: str = "none") -> subprocess.Popen[str]:
+    return subprocess.Popen(
         ["bash", str(checkout / ".ci/run"), *parts],
         env={
             "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
@@ -248,16 +250,21 @@ def ci_run(checkout: Path, *parts: str, fault: str = "none") -> subprocess.Compl
             "PYTHON": sys.executable,
             "FAULT": fault,
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
-        check=False,
     )
+
+
+def ci_run(checkout: Path, *parts: str, fault: str = "none") -> subprocess.CompletedProcess[str]:
+    with start_ci(checkout, *parts, fault=fault) as run:
+        output, _ = run.communicate(timeout=60)
+    return subprocess.CompletedProcess(run.args, run.returncode, output)
 
 
 def test_ci_runs_everything_once_and_reports_programs_skips_and_times(checkout):
     done = ci_run(checkout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert (checkout / "calls").read_text().split("\n") == ["check", "test", "test-slow", ""]
     assert re.search(r"^curl +\w+ +2\b", done.stdout, re.MULTILINE)
     _, _, steps = done.stdout.partition(" s in all, exit code 0\n")
@@ -277,7 +284,7 @@ def test_ci_stops_at_a_failure_and_still_reports(checkout):
 @pytest.mark.parametrize("part", ["check", *PARTS])
 def test_ci_runs_one_part(checkout, part):
     done = ci_run(checkout, part)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert (checkout / "calls").read_text().split() == [PARTS.get(part, part)]
     assert ("programs" in done.stdout) == (part != "check")
 
@@ -285,5 +292,21 @@ def test_ci_runs_one_part(checkout, part):
 def test_ci_refuses_an_unknown_part(checkout):
     done = ci_run(checkout, "unit", "nothing")
     assert done.returncode == 2
-    assert "no part is called nothing" in done.stderr
+    assert "no part is called nothing" in done.stdout
     assert not (checkout / "calls").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ci_passes_an_interruption_on_to_what_it_runs(checkout, name):
+    program(
+        checkout / "bin",
+        "make",
+        "trap 'echo ended >> ended; exit 1' INT\ntouch begun\nwhile :; do sleep 0.1; done\n",
+    )
+    run = start_ci(checkout, "check")
+    until((checkout / "begun").exists, "the step")
+    run.send_signal(getattr(signal, name))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, output
+    assert (checkout / "ended").read_text() == "ended\n"
+    assert "exit code 130" in output

@@ -59,7 +59,8 @@ def load_config(cls: type[Config], path: Path) -> Config:
     if replaced:
         said = ", ".join(f"{key} {value}" for key, value in replaced.items())
         logger.info("%s with overrides: %s", path, said)
-    return config_from_mapping(cls, {**read_mapping(path), **replaced}, path)
+    source = Path(f"{path} with overrides of {', '.join(replaced)}") if replaced else path
+    return config_from_mapping(cls, {**read_mapping(path), **replaced}, source)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

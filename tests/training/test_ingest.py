@@ -413,7 +413,7 @@ def test_overrides_replace_keys_of_the_config_they_name(tmp_path: Path) -> None:
         config = load_config(PhantomConfig, tmp_path / "phantom.yaml")
         assert (config.train, config.valid) == (5, 16)
         use_overrides({"phantom": {"trains": 5}})
-        with pytest.raises(ValueError, match="unknown keys \\['trains'\\]"):
+        with pytest.raises(ValueError, match="overrides of trains: unknown keys \\['trains'\\]"):
             load_config(PhantomConfig, tmp_path / "phantom.yaml")
     finally:
         use_overrides({})

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import training.compare
+from tests.support.ports import free_port
 from training.tracking import main, shown_address, tagged_runs, tracked_run
 
 pytestmark = pytest.mark.xdist_group("tracking")  # its fixtures are made once
@@ -189,9 +190,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
         f"admin_username = {USER}\nadmin_password = {PASSWORD}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
