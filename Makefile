@@ -45,22 +45,22 @@ test-environments:  ## The same with what the tests and linters add
 demo: export DATA := phantom
 demo: export OVERRIDES := configs/demo.yaml
 demo: environments  ## Phantom scans, training, export, a real Triton, classification, latency table
-	@python -m benchmarks.demo
+	@python -m benchmarks demo
 
 .PHONY: pipeline
 pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
-	@python -m training.pipeline
+	@python -m training pipeline
 
 .PHONY: protocols
 protocols: environments  ## Score the trained model under every protocol; trains five folds
-	@python -m training.evaluate --protocol all --output results/protocols \
+	@python -m training evaluate --protocol all --output results/protocols \
 		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS)) \
 		$(if $(EXTERNAL),--external $(EXTERNAL)) $(if $(FOREIGN),--foreign $(FOREIGN)) $(if $(CHEST),--chest $(CHEST)) \
 		$(if $(BOXES),--boxes $(BOXES)) $(if $(wildcard data/overrides.yaml),--overrides data/overrides.yaml)
 
 .PHONY: compare
 compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say by what
-	@python -m training.compare --output results/compare \
+	@python -m training compare --output results/compare \
 		$(if $(PROTOCOL),--protocol $(PROTOCOL)) $(if $(METRIC),--metric $(METRIC))
 
 .PHONY: test
@@ -107,17 +107,17 @@ lint-deploy:  ## Linters of the Jenkinsfile and the GitHub workflow; needs npm a
 
 .PHONY: serve
 serve: environments  ## Triton on model_repository, ports 8000 to 8002 of 127.0.0.1
-	@python -m serving.local --repository model_repository
+	@python -m serving local --repository model_repository
 
 .PHONY: bench
 bench: environments  ## Every benchmark, into results/benchmark
-	@python -m benchmarks.latency --config configs/latency-bench.yaml --output results/benchmark/latency.json
-	@python -m benchmarks.throughput --output results/benchmark/throughput.json
-	@python -m benchmarks.training --output results/benchmark/training.json
+	@python -m benchmarks latency --config configs/latency-bench.yaml --output results/benchmark/latency.json
+	@python -m benchmarks throughput --output results/benchmark/throughput.json
+	@python -m benchmarks training --output results/benchmark/training.json
 
 .PHONY: guard
 guard: environments  ## Compare the last latency benchmark with the committed one
-	@python -m benchmarks.guard results/benchmark/latency.json --baseline benchmarks/results/chest-ct/latency.json
+	@python -m benchmarks regression-check results/benchmark/latency.json --baseline benchmarks/results/chest-ct/latency.json
 
 .PHONY: gpu-check
 gpu-check:  ## Everything that needs an NVIDIA GPU: plans, routes, parity, latency
@@ -125,7 +125,7 @@ ifneq ($(DEVICE),gpu)
 	@env -u CUDA_VISIBLE_DEVICES $(if $(USER_GPUS),CUDA_VISIBLE_DEVICES=$(USER_GPUS)) $(MAKE) gpu-check DEVICE=gpu
 else
 	@locks/install.sh main test triton
-	@python -m export.engine --find-gpu
+	@python -m export engine --find-gpu
 	@python -m pytest -s -m gpu tests/export/test_gpu.py
 endif
 

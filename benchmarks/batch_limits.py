@@ -19,11 +19,11 @@ from tqdm import tqdm
 from benchmarks.latency import interval_in_words
 from benchmarks.layouts import Layout, write_layouts
 from benchmarks.variants import Variant, median_interval
-from chestct.batch import classify_sources, decode_source, new_workers
-from chestct.fleet import Fleet
-from chestct.report import json_text
-from chestct.scan import Scan
-from chestct.sources import Source
+from chestct.batch.pipeline import classify_sources, decode_source, new_workers
+from chestct.imaging.scan import Scan
+from chestct.imaging.sources import Source
+from chestct.inference.server_pool import Fleet
+from chestct.results.records import json_text
 from serving.local import LocalTriton
 
 TOGETHER, APART = "together", "apart"

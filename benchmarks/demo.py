@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import subprocess
@@ -16,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.latency import interval_in_words, place_in_words
-from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
-from export.parity import (
+from chestct.inference.client import ScanClient
+from export.check.parity import (
     Outputs,
     ParityReport,
     Runner,
@@ -28,16 +29,18 @@ from export.parity import (
     triton_runner,
 )
 from serving.local import LocalTriton, LocalTritonError
-from training.command import run_command
-from training.files import replaced, write_json
-from training.model import load_trained
+from training.common.atomic_io import replaced, write_json
+from training.common.cli import run_command
+from training.common.config import read_overrides
+from training.data.dataset import evenly_spread, load_pixels
+from training.network.vgg16 import load_trained
 from training.pipeline import Screen, StageFailedError, reproduce, run_step, stage_descriptions
-from training.scans import evenly_spread, load_pixels
 
 logger = logging.getLogger(__name__)
 
 EXACT = f"{MODEL_NAME}_fp32"
 COMPARED = 16  # scans that Keras answers too, evenly spread
+LATENCY = Path("results/benchmark/latency.json")
 NEXT = """Written:    results/demo/classified.jsonl    one line a scan
             results/evaluate/report.md        scores with intervals and baselines
             results/card/model_card.html      model card, beside it the data card
@@ -201,7 +204,7 @@ def short_table(latency: dict[str, Any]) -> list[str]:
 def pipeline_in_words() -> list[str]:
     """What the pipeline left: scores, a sentence each, and the latency table."""
     source = json.loads(Path("data/ingest.json").read_text())["source"]
-    latency = json.loads(Path("results/benchmark/latency.json").read_text())
+    latency = json.loads(LATENCY.read_text())
     lines = []
     for name, values in json.loads(Path("results/evaluate/scores.json").read_text()).items():
         lines.append(
@@ -245,16 +248,43 @@ def serve(scans: Path, output: Path) -> str:
     return "\n".join(said) + "\n"
 
 
+def measure_latency(screen: Screen, record: Path) -> None:
+    """Run `benchmarks latency` unless this very model was measured with these very settings.
+
+    Args:
+        screen: Gets the line of this step.
+        record: Where the hash of what was measured is kept.
+
+    Raises:
+        training.pipeline.StageFailedError: The benchmark failed.
+    """
+    config, overrides = Path("configs/latency.yaml"), Path("data/overrides.yaml")
+    digest = hashlib.sha256(json.dumps(read_overrides(overrides).get("latency", {})).encode())
+    for file in (config, Path("model_repository") / MODEL_NAME / "config.pbtxt"):
+        digest.update(file.read_bytes())
+    measured = {"sha256": digest.hexdigest()}
+    name, what = "benchmark", "Measure latency against Keras"
+    if record.is_file() and json.loads(record.read_text()) == measured and LATENCY.is_file():
+        screen.begin(name, what)
+        screen.end("unchanged")
+        return
+    command = [sys.executable, "-m", "benchmarks", "latency", "--config", str(config)]
+    command += ["--overrides", str(overrides), "--output", str(LATENCY)]
+    run_step(screen, name, what, command)
+    write_json(record, measured)
+
+
 def whole(scans: Path, output: Path) -> str:
     """Run the pipeline, then `serve` as one more stage on the screen; the result in words.
 
     Raises:
         training.pipeline.StageFailedError: A stage failed.
     """
-    screen = Screen(len(stage_descriptions()) + 1)
+    screen = Screen(len(stage_descriptions()) + 2)
     reproduce(screen)
+    measure_latency(screen, output / "measured.json")
     summary = output / "summary.txt"
-    command = [sys.executable, "-m", "benchmarks.demo", "--serve-only", "--scans", str(scans)]
+    command = [sys.executable, "-m", "benchmarks", "demo", "--serve-only", "--scans", str(scans)]
     command += ["--output", str(output)]
     run_step(screen, "serve", "Serve and classify a directory", command)
     return f"\n{summary.read_text()}{NEXT}{NOT_A_MEDICAL_DEVICE}\n"
@@ -262,7 +292,7 @@ def whole(scans: Path, output: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the pipeline, serve what it published, classify a directory, and sum it up."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks demo", description=main.__doc__)
     parser.add_argument("--scans", type=Path, default=Path("data/scans/test"))
     parser.add_argument("--output", type=Path, default=Path("results/demo"))
     parser.add_argument(
@@ -284,7 +314,3 @@ def main(argv: list[str] | None = None) -> int:
         errors=(LocalTritonError, StageFailedError, subprocess.TimeoutExpired),
         interrupted="interrupted: finished stages are kept; the same command goes on",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.variants import median_interval
-from chestct.client import ScanClient
-from chestct.scan import inspect_scan, list_scans
-from export.repository import ENCODED, served_version
+from chestct.imaging.scan import inspect_scan, list_scans
+from chestct.inference.client import ScanClient
+from export.publish.repository import ENCODED, served_version
 from serving.local import LocalTriton
 
 MOST_FILES = 40

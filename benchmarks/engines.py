@@ -65,7 +65,7 @@ def open_engine(engine: str, folder: Path, threads: int = 0) -> Infer:
 
 
 def _open_keras(folder: Path, *, compiled: bool) -> Infer:
-    from training.model import load_trained
+    from training.network.vgg16 import load_trained
 
     model, _ = load_trained(folder)
     if not compiled:

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from training.tracking import git_commit
+from training.track.mlflow_run import git_commit
 
 PACKAGES = (
     "tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "openvino", "tritonclient", "numpy",

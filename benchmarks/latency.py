@@ -35,15 +35,15 @@ from benchmarks.variants import (
     read_curve,
     scores_of,
 )
-from chestct.client import ScanClient
-from chestct.scan import list_scans, load_scan
-from export.parity import spread_scans
+from chestct.imaging.scan import list_scans, load_scan
+from chestct.inference.client import ScanClient
+from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
-from training.command import command_parser, run_command
-from training.config import load_config
-from training.files import replaced, write_json
-from training.model import load_trained
-from training.scans import ScanSet
+from training.common.atomic_io import replaced, write_json
+from training.common.cli import command_parser, run_command
+from training.common.config import load_config
+from training.data.dataset import ScanSet
+from training.network.vgg16 import load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class LatencyConfig(MeasuredConfig):
     """What `benchmarks.latency` is told.
 
     Attributes:
-        curve: What `export.compress` tried, drawn into the plot where it is there.
+        curve: What `export.convert.compress` tried, drawn into the plot where it is there.
         rounds: Most rounds for a batch size, as {batch size: number}.
         limit_s: No further round of a batch size begins after so many seconds.
         cold_starts: Starts of each engine and server; 0 leaves cold start and memory out.
@@ -507,7 +507,7 @@ def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the latency of one request against the Keras baselines."""
-    parser = command_parser("benchmarks.latency", main.__doc__, "configs/latency.yaml")
+    parser = command_parser("benchmarks latency", main.__doc__, "configs/latency.yaml")
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON; a .md and a .png go beside it"
     )
@@ -522,7 +522,3 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(markdown(result))
 
     return run_command(work, errors=(LocalTritonError,))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.files import replaced
+from training.common.atomic_io import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def draw(result: dict[str, Any]) -> tuple[Figure, list[Annotation]]:
 
     One mark for each engine and variant at batch 1, with the 95 % interval of its AUROC; HTTP and
     shared memory are left out, being the same engine by other ways. The line joins the marks that
-    no other one beats in both. `result["curve"]` holds the points of `export.compress`.
+    no other one beats in both. `result["curve"]` holds the points of `export.convert.compress`.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -85,7 +85,9 @@ def draw(result: dict[str, Any]) -> tuple[Figure, list[Annotation]]:
     dots = [(name, colour, "o") for name, colour in colours.items()]
     shapes = [(name, "black", marker) for name, marker in MARKERS.items() if name in used]
     if curve:
-        shapes.append(("tried by export.compress,\nfilled: chosen", CURVE_COLOUR, CURVE_MARKER))
+        shapes.append(
+            ("tried by export.convert.compress,\nfilled: chosen", CURVE_COLOUR, CURVE_MARKER)
+        )
     figure.legend(
         handles=[
             Line2D(

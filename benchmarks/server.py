@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.engines import Infer
-from chestct.client import ScanClient
 from chestct.contract import SCAN_SHAPE
-from chestct.proxies import url_opener
+from chestct.inference.client import ScanClient
+from chestct.inference.proxies import url_opener
 from serving.local import LocalTriton
 
 COUNTED_WITHIN_S = 5.0

@@ -30,17 +30,17 @@ from benchmarks.perf_analyzer import (
 )
 from benchmarks.server import answers_of, statistics_of
 from benchmarks.variants import MeasuredConfig, Variant, find_variants, scores_of
-from chestct.batch import classify_paths
-from chestct.client import ScanClient
+from chestct.batch.pipeline import classify_paths
 from chestct.contract import ModelFacts
-from chestct.report import json_text
-from chestct.scan import list_scans, load_scan
-from export.parity import spread_scans
+from chestct.imaging.scan import list_scans, load_scan
+from chestct.inference.client import ScanClient
+from chestct.results.records import json_text
+from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
-from training.command import command_parser, run_command
-from training.config import load_config
-from training.files import replaced, write_json
-from training.model import load_trained
+from training.common.atomic_io import replaced, write_json
+from training.common.cli import command_parser, run_command
+from training.common.config import load_config
+from training.network.vgg16 import load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -376,7 +376,7 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
     if not served:
         raise ValueError(
             f"{config.repository} serves none of {list(config.variants)}; run python -m "
-            "export.repository"
+            "export.publish.repository"
         )
     rows = under_load(config, served)
     every = list(list_scans(config.scans))
@@ -510,7 +510,7 @@ def _layout_in_words(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure scans a second under load, and from files to JSON lines."""
-    parser = command_parser("benchmarks.throughput", main.__doc__, "configs/throughput.yaml")
+    parser = command_parser("benchmarks throughput", main.__doc__, "configs/throughput.yaml")
     parser.add_argument("--output", type=Path, required=True, help="JSON; a .md goes beside it")
     arguments = parser.parse_args(argv)
 
@@ -522,7 +522,3 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(markdown(result))
 
     return run_command(work, errors=(LocalTritonError,))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

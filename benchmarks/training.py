@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
-from training.command import command_parser, run_command
-from training.config import load_config
-from training.features import cached_activations
-from training.files import write_json
-from training.fit import (
+from training.common.atomic_io import write_json
+from training.common.cli import command_parser, run_command
+from training.common.config import load_config
+from training.data.dataset import evenly_spread, read_split
+from training.learn.fit import (
     FitConfig,
     compile_trainer,
     epoch_batches,
@@ -26,9 +26,9 @@ from training.fit import (
     smoothed_targets,
     trainable_twin,
 )
-from training.model import build_classifier, frozen_prefix, logits_from
-from training.scans import evenly_spread, read_split
-from training.weights import load_backbone_weights
+from training.network.activation_cache import cached_activations
+from training.network.vgg16 import build_classifier, frozen_prefix, logits_from
+from training.network.weights import load_backbone_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
     training can be compared: `epochs * plain` against `copies * fill + epochs * cached`.
 
     Args:
-        config: Of `training.fit`; its split, block, batch size and epochs are used.
+        config: Of `training.learn.fit`; its split, block, batch size and epochs are used.
         num_scans: At most so many training scans, evenly spread.
         repeats: Timed epochs of each.
 
@@ -105,7 +105,7 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the speed-up of fine-tuning on cached activations."""
-    parser = command_parser("benchmarks.training", main.__doc__, "configs/train.yaml")
+    parser = command_parser("benchmarks training", main.__doc__, "configs/train.yaml")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     parser.add_argument("--num-scans", type=int, default=128, help="most training scans")
     parser.add_argument("--repeats", type=int, default=3, help="timed epochs of each")
@@ -123,7 +123,3 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     return run_command(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from benchmarks.engines import Infer
 from chestct.contract import Window
-from export.onnx import sha256_of
-from export.repository import parsed_config
+from export.publish.repository import parsed_config
 from serving.local import uses_gpu
-from training.metrics import score
-from training.scans import ScanSet, evenly_spread, read_split
+from training.common.atomic_io import sha256_of
+from training.common.metrics import score
+from training.data.dataset import ScanSet, evenly_spread, read_split
 
 SCORING_BATCH = 8
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
@@ -29,12 +29,13 @@ class MeasuredConfig:
     """What a benchmark of the variants is told, whatever it measures.
 
     Attributes:
-        model: Folder that `training.fit` wrote.
+        model: Folder that `training.learn.fit` wrote.
         variants: Folder of each variant, as {name: folder}; those that are not there are named in
             the result.
         repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
         scans: Folder of scans to send.
-        split: Labelled scans, CSV of `training.split`; its test rows give each row its accuracy.
+        split: Labelled scans, CSV of `training.data.split`; its test rows give each row its
+        accuracy.
         most_scored: At most so many of them, evenly spread.
         seed: Of the random order in which things are measured.
     """
@@ -116,7 +117,7 @@ class Variant:
         }
 
     def _engine(self) -> str:
-        """The engine inside Triton, by the names of `export.repository.ENGINES`."""
+        """The engine inside Triton, by the names of `export.publish.repository.ENGINES`."""
         if self.config.backend == "tensorrt":
             return "tensorrt-plan"
         listed = self.config.optimization.execution_accelerators
@@ -151,13 +152,13 @@ def find_variants(
             if served.is_file() and sha256_of(served) != sha256_of(ours):
                 raise ValueError(
                     f"{served} is another file than {ours}; publish again: python -m "
-                    "export.repository"
+                    "export.publish.repository"
                 )
         variants.append(Variant(name, variant.folder, repository, config))
     if not variants:
         raise ValueError(
             f"no variant of the model is there ({'; '.join(missing.values())}); run python -m "
-            "export.onnx"
+            "export.convert.onnx"
         )
     return variants, missing
 
@@ -174,7 +175,8 @@ def _served_config(folder: Path) -> Any:
 def scores_of(infer: Infer, scans: ScanSet, title: str) -> dict[str, Any]:
     """`accuracy` and `macro_auroc` of labelled scans, each with its 95 % interval.
 
-    Wilson for the accuracy, bootstrap over groups for the AUROC: see `training.metrics.score`.
+    Wilson for the accuracy, bootstrap over groups for the AUROC: see
+    `training.common.metrics.score`.
     """
     starts = tqdm(range(0, len(scans), SCORING_BATCH), title, unit="batch", disable=None)
     answers = (infer(scans.pixels[start : start + SCORING_BATCH]) for start in starts)
@@ -214,7 +216,7 @@ def median_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The points of `export.compress` with their test AUROC; an empty list where there are none.
+    """The points of `export compress` with their test AUROC; an empty list where there are none.
 
     Each has `name`, `latency_ms` (in-process, OpenVINO, batch 1), `macro_auroc` and `chosen`.
     """

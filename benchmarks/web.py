@@ -25,13 +25,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.environment import environment
-from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME
-from chestct.scan import inspect_scan
+from chestct.imaging.scan import inspect_scan
+from chestct.inference.client import ScanClient
 from serving.local import LocalTriton, LocalTritonError
-from training.command import run_command
-from training.files import write_json
-from training.phantom import make_phantom, write_dicom, write_png
+from training.common.atomic_io import write_json
+from training.common.cli import run_command
+from training.data.phantom import make_phantom, write_dicom, write_png
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _page(triton_url: str, model: str) -> Iterator[str]:
     """A `chestct web` whose limits leave the measurement alone."""
     process = subprocess.Popen(
         [
-            sys.executable, "-c", "import sys; from chestct.cli import main; sys.exit(main())",
+            sys.executable, "-m", "chestct.cli",
             "web", "--port", "0", "--url", triton_url, "--model", model,
             "--requests-a-minute", "100000",
         ],
@@ -239,7 +239,7 @@ def _concurrent(url: str, data: bytes, uploads: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the page in front of a real Triton."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.web", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks web", description=main.__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--model", default=MODEL_NAME, help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
@@ -251,7 +251,3 @@ def main(argv: list[str] | None = None) -> int:
         write_json(arguments.output, result)
 
     return run_command(work, errors=(LocalTritonError,))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,5 +44,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=20s --start-period=120s --retries=3 \
   CMD ["chestct", "health", "--timeout-s", "15", "--connect-timeout-s", "5"]
 # Inside the container all addresses are taken; which of them are reachable is for the network to say.
-ENTRYPOINT ["python3", "-m", "serving.local", "--environment", "/opt/chestct/triton", "--repository", "/models"]
+ENTRYPOINT ["python3", "-m", "serving", "local", "--environment", "/opt/chestct/triton", "--repository", "/models"]
 CMD ["--model", "chestct", "--address", "0.0.0.0"]

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from chestct.scan import list_scans, load_scan
+from chestct.imaging.scan import list_scans, load_scan
 
 logger = logging.getLogger("images_check")
 
@@ -250,16 +250,16 @@ def small_network(num_classes: int) -> Any:
 
 
 def write_small_repository(folder: Path) -> Path:
-    """A model repository that `export.repository` writes: ONNX Runtime and OpenVINO, one network.
+    """A model repository as `export repository` writes it: ONNX Runtime and OpenVINO, one network.
 
     The network is untrained, and its parity report is made up: what is checked are the images.
     """
     import onnx
 
     from chestct.contract import LUNG_WINDOW, ModelFacts
-    from export.onnx import sha256_of
-    from export.repository import ServeConfig, publish_variants
-    from training.phantom import LABELS
+    from export.publish.repository import ServeConfig, publish_variants
+    from training.common.atomic_io import sha256_of
+    from training.data.phantom import LABELS
 
     source = folder / "export"
     source.mkdir(parents=True)
@@ -356,7 +356,7 @@ def check_answers(lines: Sequence[dict[str, Any]], scans: Path, onnx_file: Path,
 
 def check_together(engine: Engine, folder: Path) -> None:
     """Serve by the edge image, classify by the client image, then restart and stop the server."""
-    from training.phantom import write_phantoms
+    from training.data.phantom import write_phantoms
 
     scans = folder / "scans"
     write_phantoms(scans, per_class={"test": SCANS_PER_CLASS}, seed=5, dicom_fraction=0.5)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from export.engine import (
+from export.convert.engine import (
     EngineConfig,
     Gpu,
     NoGpuError,
@@ -30,8 +30,8 @@ from export.engine import (
     trtexec_command,
     write_record,
 )
-from export.repository import ServeConfig, publish_variants
-from training.config import load_config
+from export.publish.repository import ServeConfig, publish_variants
+from training.common.config import load_config
 
 logger = logging.getLogger("server_start")
 

@@ -5,7 +5,7 @@ serves the model repository as it is; `serving/backends/onnxruntime` stands in f
 onnxruntime backend. Everything listens on 127.0.0.1 only. With certificates gRPC has TLS by Triton
 itself, and HTTP by an nginx in front of it (`serving/nginx.conf.template`).
 
-    python -m serving.local --repository model_repository --model chestct_compressed
+    python -m serving local --repository model_repository --model chestct_compressed
 """
 
 from __future__ import annotations
@@ -887,7 +887,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m serving.local",
+        prog="python -m serving local",
         description="Serve a model repository by a real Triton on 127.0.0.1 until interrupted.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -904,8 +904,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--explicit",
         action="store_true",
-        help="let the admin API load and unload models, which export.rollout needs; its key is "
-        f"taken from the environment variable {ADMIN_KEY}",
+        help="let the admin API load and unload models, as a rollout needs; its key is taken "
+        f"from the environment variable {ADMIN_KEY}",
     )
     parser.add_argument("--http-port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 takes a free one")

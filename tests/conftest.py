@@ -91,7 +91,7 @@ def _own_tracking_store(common_folder: Path, build_once: BuildOnce) -> None:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     import mlflow
 
-    from training.tracking import EXPERIMENT
+    from training.track.mlflow_run import EXPERIMENT
 
     store = common_folder / "mlflow"
     store.mkdir(exist_ok=True)
@@ -104,19 +104,19 @@ def _own_tracking_store(common_folder: Path, build_once: BuildOnce) -> None:
 
 @pytest.fixture(scope="session")
 def narrow_widths() -> tuple[int, ...]:
-    """The channels of every network that `training.fit` trains in tests."""
+    """The channels of every network that `training.learn.fit` trains in tests."""
     return NARROW
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _narrow_training() -> Iterator[None]:
-    """`training.fit` builds a narrow network: the same graph, contract and code."""
-    import training.fit
-    from training.model import build_classifier
+    """`training.learn.fit` builds a narrow network: the same graph, contract and code."""
+    import training.learn.fit
+    from training.network.vgg16 import build_classifier
 
     with pytest.MonkeyPatch.context() as patch:
         narrow = functools.partial(build_classifier, widths=NARROW)
-        patch.setattr(training.fit, "build_classifier", narrow)
+        patch.setattr(training.learn.fit, "build_classifier", narrow)
         yield
 
 
@@ -135,7 +135,7 @@ def write_split(scans: Path, file: Path) -> None:
 @pytest.fixture(scope="session")
 def phantoms(common_folder: Path, build_once: BuildOnce) -> Workspace:
     """Phantoms and their split; `model` is where a training would go."""
-    from training.phantom import write_phantoms
+    from training.data.phantom import write_phantoms
 
     folder = common_folder / "workspace"
     scans, split = folder / "data" / "scans", folder / "results" / "split" / "split.csv"
@@ -152,7 +152,7 @@ def phantoms(common_folder: Path, build_once: BuildOnce) -> Workspace:
 @pytest.fixture(scope="session")
 def trained(phantoms: Workspace, build_once: BuildOnce) -> Workspace:
     """The same with a trained model: random convolutions, a fitted head, one epoch of block 5."""
-    from training.fit import FitConfig, fit
+    from training.learn.fit import FitConfig, fit
 
     config = FitConfig(
         scans=phantoms.scans,
@@ -170,7 +170,7 @@ def trained(phantoms: Workspace, build_once: BuildOnce) -> Workspace:
 @pytest.fixture(scope="session")
 def scan_batch(phantoms: Workspace) -> np.ndarray:
     """The test phantoms, uint8 (12, 224, 224, 1)."""
-    from chestct.scan import list_scans, load_scan
+    from chestct.imaging.scan import list_scans, load_scan
 
     return np.stack([load_scan(path) for path in list_scans(phantoms.scans / "test")])
 
@@ -178,7 +178,7 @@ def scan_batch(phantoms: Workspace) -> np.ndarray:
 @pytest.fixture(scope="session")
 def exported(trained: Workspace, build_once: BuildOnce) -> Path:
     """The ONNX file of the trained phantom model."""
-    from export.onnx import OnnxConfig, write_onnx
+    from export.convert.onnx import OnnxConfig, write_onnx
 
     file = trained.folder / "results" / "export" / "model.onnx"
     build_once("exported", lambda: write_onnx(OnnxConfig(trained.model, file)))

@@ -15,17 +15,17 @@ import pytest
 from google.protobuf import text_format
 from PIL import Image, ImageOps
 
-from chestct.client import AsyncScanClient, ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ContractError, ServerUnavailableError
-from chestct.scan import list_scans, load_scan
-from export.onnx import sha256_of
-from export.parity import Tolerance, compare, keras_runner, triton_runner
-from export.repository import RepositoryConfig, parsed_config, write_repository
+from chestct.imaging.scan import list_scans, load_scan
+from chestct.inference.client import AsyncScanClient, ScanClient
+from export.check.parity import Tolerance, compare, keras_runner, triton_runner
+from export.publish.repository import RepositoryConfig, parsed_config, write_repository
 from tests.support.triton import serve
 from tests.support.waiting import until
-from training.model import load_trained
-from training.phantom import dicom_from_phantom, make_phantom, write_png
+from training.common.atomic_io import sha256_of
+from training.data.phantom import dicom_from_phantom, make_phantom, write_png
+from training.network.vgg16 import load_trained
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("end-to-end")]
 CHESTCT = Path(sys.executable).with_name("chestct")

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 
-from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from chestct.report import result_line
-from chestct.scan import inspect_scan
-from chestct.series import SeriesSlice, series_record
-from chestct.sr import classify_series
+from chestct.imaging.scan import inspect_scan
+from chestct.inference.client import ScanClient
+from chestct.pacs.reports import classify_series
+from chestct.results.records import result_line
+from chestct.results.series import SeriesSlice, series_record
 from serving.local import LocalTriton
 from tests.support.dcmtk import StoreScp, program
 from tests.support.ports import free_port
 from tests.support.triton import LABELS, config_parameters, serve
 from tests.support.waiting import until
-from training.phantom import dicom_from_phantom, make_phantom
+from training.data.phantom import dicom_from_phantom, make_phantom
 
 pytestmark = pytest.mark.server
 CHESTCT = Path(sys.executable).with_name("chestct")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.client import Predictions
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from chestct.report import json_text, result_line
+from chestct.inference.client import Predictions
+from chestct.results.records import json_text, result_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 README = (CHECKOUT / "README.md").read_text()
@@ -45,7 +45,7 @@ def test_every_make_target_in_the_readme_exists():
 
 
 def test_every_subcommand_of_the_client_is_shown(capsys):
-    from chestct.cli import main
+    from chestct.cli.__main__ import main
 
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from training.config import config_from_mapping, load_config, read_mapping
+from training.common.config import config_from_mapping, load_config, read_mapping
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -24,11 +27,23 @@ FORBIDDEN = {
     "serving": {"training", "export", "benchmarks", "tensorflow", "keras", "mlflow"},
     "benchmarks": set(),
 }
-# The modules of training/ that carry no training.
-SHARED_BY_EXPORT = {
-    f"training.{name}"
-    for name in ("command", "config", "files", "metrics", "model", "registry", "scans")
-}
+# What of training/ carries no training.
+SHARED_BY_EXPORT = (
+    "training.common", "training.network", "training.data.dataset", "training.track.registry",
+)  # fmt: skip
+# The packages and modules of a room from the ground up: each imports only from floors below its
+# own. Within a package modules may import each other, without a circle.
+FLOORS = {
+    "chestct": [
+        {"errors", "contract", "region"}, {"imaging"}, {"inference"}, {"results"}, {"batch"},
+        {"pacs", "web"}, {"cli"},
+    ],
+    "training": [
+        {"common"}, {"data", "network", "track"}, {"learn"}, {"score"}, {"cards"},
+        {"pipeline", "__main__"},
+    ],
+    "export": [{"check"}, {"convert"}, {"publish"}, {"__main__"}],
+}  # fmt: skip
 
 
 def imports_of(file: Path) -> set[str]:
@@ -36,9 +51,28 @@ def imports_of(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in members if path_of(name)}
+            names |= submodules or {node.module}
     return names
+
+
+def path_of(module: str) -> str | None:
+    """File of a module of this project, relative to the checkout."""
+    top, *rest = module.split(".")
+    if top not in ROOMS:
+        return None
+    stem = "/".join(["client/src/chestct" if top == "chestct" else top, *rest])
+    return next(
+        (name for name in (f"{stem}.py", f"{stem}/__init__.py") if (CHECKOUT / name).is_file()),
+        None,
+    )
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(CHECKOUT).with_suffix("").parts
+    return ".".join(parts[2:] if parts[:2] == ("client", "src") else parts)
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -62,8 +96,9 @@ def test_every_room_is_looked_at():
 def test_imports_stay_within_the_rooms(room, file):
     found = imports_of(file)
     assert not {name.split(".")[0] for name in found} & FORBIDDEN[room]
-    if room == "export":
-        assert {name for name in found if name.startswith("training")} <= SHARED_BY_EXPORT
+    if room == "export" and file.name != "__main__.py":
+        of_training = {name for name in found if name.startswith("training")}
+        assert all(name.startswith(SHARED_BY_EXPORT) for name in of_training), of_training
     if room == "serving" and file.parent.name != "chestct_scan":  # the step that decodes files
         assert not any(name.split(".")[0] == "chestct" for name in found)
 
@@ -71,9 +106,10 @@ def test_imports_stay_within_the_rooms(room, file):
 def test_importing_a_module_does_not_load_the_heavy_packages():
     """--help answers at once, and a missing GPU library breaks only what needs it."""
     code = (
-        "import sys, training.card, training.compare_plots, training.distill, training.evaluate, "
-        "training.sweep, export.onnx, "
-        "export.engine, export.compress, export.repository, export.rollout, serving.local, "
+        "import sys, training.cards.card, training.track.compare_plots, training.learn.distill, "
+        "training.score.evaluate, training.learn.sweep, export.convert.onnx, "
+        "export.convert.engine, export.convert.compress, export.publish.repository, "
+        "export.publish.rollout, serving.local, "
         "benchmarks.latency, benchmarks.throughput; "
         "heavy = {'tensorflow', 'keras', 'mlflow', 'onnx', 'openvino', 'tensorrt'}; "
         "print(sorted(heavy & set(sys.modules)))"
@@ -87,23 +123,23 @@ def test_importing_a_module_does_not_load_the_heavy_packages():
 def test_every_config_fits_its_dataclass():
     from benchmarks.latency import LatencyConfig
     from benchmarks.throughput import ThroughputConfig
-    from export.compress import CompressConfig
-    from export.engine import EngineConfig
-    from export.onnx import OnnxConfig
-    from export.parity import ParityConfig
-    from export.quantize import QuantizeConfig
-    from export.repository import ServeConfig
-    from export.rollout import RolloutConfig
-    from training.artefacts import CardConfig
-    from training.audit import AuditConfig
-    from training.crossvalidate import CrossValidateConfig
-    from training.distill import DistillConfig
-    from training.evaluate import EvaluateConfig
-    from training.fit import FitConfig
-    from training.ingest import IngestConfig
-    from training.phantom import PhantomConfig
-    from training.split import SplitConfig
-    from training.sweep import SweepConfig
+    from export.check.parity import ParityConfig
+    from export.convert.compress import CompressConfig
+    from export.convert.engine import EngineConfig
+    from export.convert.onnx import OnnxConfig
+    from export.convert.quantize import QuantizeConfig
+    from export.publish.repository import ServeConfig
+    from export.publish.rollout import RolloutConfig
+    from training.cards.run_records import CardConfig
+    from training.data.audit import AuditConfig
+    from training.data.ingest import IngestConfig
+    from training.data.phantom import PhantomConfig
+    from training.data.split import SplitConfig
+    from training.learn.crossvalidate import CrossValidateConfig
+    from training.learn.distill import DistillConfig
+    from training.learn.fit import FitConfig
+    from training.learn.sweep import SweepConfig
+    from training.score.evaluate import EvaluateConfig
 
     of_file = {
         "audit": AuditConfig,
@@ -148,29 +184,91 @@ def project_imports(file: Path) -> set[str]:
     waiting = [file]
     while waiting:
         for name in imports_of(waiting.pop()):
-            top, _, rest = name.partition(".")
-            if top not in ROOMS or not rest:
-                continue
-            root = "client/src/chestct" if top == "chestct" else top
-            path = f"{root}/{rest.replace('.', '/')}.py"
-            if path not in seen:
+            path = path_of(name)
+            if path and path not in seen:
                 seen.add(path)
                 waiting.append(CHECKOUT / path)
-    return seen
+    return {path for path in seen if not path.endswith("__init__.py")}
+
+
+def test_no_import_runs_up_a_floor():
+    for room, floors in FLOORS.items():
+        number = {name: floor for floor, names in enumerate(floors) for name in names}
+        root = CHECKOUT / ("client/src/chestct" if room == "chestct" else room)
+        for file in root.rglob("*.py"):
+            module = module_of(file)
+            _, own, *_ = f"{module}.".split(".")
+            if own == "__init__":
+                continue
+            assert own in number, f"{file} is on no floor"
+            for name in imports_of(file):
+                if not name.startswith(f"{room}."):
+                    continue
+                other = name.split(".")[1]
+                if other in number and other != own:
+                    assert number[other] < number[own], f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {
+        module_of(file): {name for name in imports_of(file) if path_of(name)}
+        for room in FORBIDDEN
+        for file in (CHECKOUT / room).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 def test_dvc_stages_depend_on_all_code_that_they_run():
     stages = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text())["stages"]
-    # Errors, proxies and the shape of a line decide no result; the page of the client neither.
-    harmless_names = ("errors", "batch", "report", "cli", "proxies")
-    harmless = {f"client/src/chestct/{name}.py" for name in harmless_names}
+    # Errors, proxies and the shape of a line decide no result; nor does what tracks it.
+    harmless = ("errors", "region", "results/", "batch/", "inference/proxies")
+    prefixes = tuple(f"client/src/chestct/{name}" for name in harmless)
     for name, stage in stages.items():
         commands = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
+        covered = [dep if dep.endswith(".py") else f"{dep}/" for dep in stage["deps"]]
         for command in commands:
-            module = command.split()[2].replace(".", "/") + ".py"
-            needed = {module} | project_imports(CHECKOUT / module)
-            missing = needed - set(stage["deps"]) - harmless
+            room, verb = command.split()[2:4]
+            module = importlib.import_module(f"{room}.__main__").MODULES[verb]
+            path = path_of(module)
+            assert path
+            needed = {path} | project_imports(CHECKOUT / path)
+            missing = {file for file in needed if not file.startswith((*covered, *prefixes))}
             assert not missing, f"stage {name} runs {sorted(missing)} and does not depend on them"
+
+
+def test_dvc_stages_name_the_overrides_of_their_configs():
+    stages = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text())["stages"]
+    for name, stage in stages.items():
+        if name == "ingest":  # which writes them
+            continue
+        files = {file: keys for item in stage["params"] for file, keys in item.items()}
+        sections = files.pop("data/overrides.yaml")
+        assert sections == [Path(file).stem for file in files], name
+
+
+@pytest.mark.parametrize("room", ["training", "export", "serving", "benchmarks"])
+def test_a_room_lists_its_commands_and_runs_them(room):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", room, *arguments]
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+
+    listed = run()
+    assert listed.returncode == 0, listed.stderr
+    lines = re.findall(r"^  (\S+)  +(\S.*)$", listed.stdout, re.MULTILINE)
+    modules = importlib.import_module(f"{room}.__main__").MODULES
+    assert [name for name, _ in lines] == list(modules)
+    with_main = {
+        module_of(file)
+        for file in (CHECKOUT / room).rglob("*.py")
+        if re.search(r"^def main\(argv: list\[str\]", file.read_text(), re.MULTILINE)
+    }
+    assert set(modules.values()) == with_main
+    name = next(iter(modules))
+    assert f"usage: python -m {room} {name} " in run(name, "--help").stdout
+    unknown = run("nothing")
+    assert unknown.returncode == 2
+    assert "error: nothing is no command" in unknown.stderr
 
 
 def test_lock_files_hold_hashes_and_no_addresses():

@@ -316,7 +316,7 @@ def test_download_without_git_runs_dvc_also_inside_another_repository(checkout):
     assert code == 0, said
     code, said = dvc(checkout, "metrics", "show")
     assert (code, "n.json" in said) == (0, True), said
-    code = "from training.tracking import git_commit; print(git_commit())"
+    code = "from training.track.mlflow_run import git_commit; print(git_commit())"
     told = start(checkout, sys.executable, "-c", code, PYTHONPATH=str(checkout / "client" / "src"))
     assert finish(told) == (0, "unknown\n")
 
@@ -351,9 +351,9 @@ SERVE = """
 import sys
 from pathlib import Path
 import numpy as np
-from chestct.cli import main
+from chestct.cli.__main__ import main
 from serving.local import LocalTriton
-from training.phantom import make_phantom, write_png
+from training.data.phantom import make_phantom, write_png
 write_png(make_phantom("normal", 1), Path("Aufnahme 1 \u00fc.png"))
 with LocalTriton(Path("model_repository")) as server:
     sys.exit(main(["classify", "Aufnahme 1 \u00fc.png", "--json", "--url", server.grpc_url]))

@@ -19,9 +19,9 @@ from typing import IO
 
 import yaml
 
-from training.command import run_command
-from training.config import load_config
-from training.ingest import IngestConfig, choose_overrides, inputs_changed
+from training.common.cli import run_command
+from training.common.config import load_config
+from training.data.ingest import IngestConfig, choose_overrides, inputs_changed
 
 LOGS = Path("results/logs")
 RUNNING = re.compile(r"Running stage '([^']+)':")
@@ -265,14 +265,10 @@ class _Log:
 
 def main(argv: list[str] | None = None) -> int:
     """Run every stage of the pipeline whose inputs changed."""
-    parser = argparse.ArgumentParser(prog="python -m training.pipeline", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training pipeline", description=main.__doc__)
     parser.parse_args(argv)
     return run_command(
         lambda: reproduce(Screen(len(stage_descriptions()))),
         errors=(StageFailedError,),
         interrupted="interrupted: finished stages are kept; the same command goes on",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

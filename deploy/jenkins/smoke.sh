@@ -21,7 +21,7 @@ connect -f -N -M -S "$work/tunnel" -o ExitOnForwardFailure=yes \
 
 export CHESTCT_URL=grpc://127.0.0.1:$port
 chestct health --connect-timeout-s "${SMOKE_TIMEOUT_S:-60}"
-python -m training.phantom --config deploy/jenkins/phantom.yaml --output "$work/scans" >&2
+python -m training phantom --config deploy/jenkins/phantom.yaml --output "$work/scans" >&2
 chestct classify "$work/scans/test" --json --no-series --connect-timeout-s 10 | tee "$work/answers.jsonl"
 wanted=$(find "$work/scans/test" -name '*.png' -o -name '*.dcm' | wc -l)
 got=$(wc -l <"$work/answers.jsonl")

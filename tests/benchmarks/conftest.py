@@ -68,8 +68,9 @@ def tiny_classifier():
 
 @pytest.fixture(scope="session")
 def published(phantoms, tmp_path_factory) -> Published:
-    from export.onnx import OnnxConfig, sha256_of, write_onnx
-    from export.repository import RepositoryConfig, write_encoded, write_repository
+    from export.convert.onnx import OnnxConfig, write_onnx
+    from export.publish.repository import RepositoryConfig, write_encoded, write_repository
+    from training.common.atomic_io import sha256_of
 
     folder = tmp_path_factory.mktemp("published")
     results = folder / "results"

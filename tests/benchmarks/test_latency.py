@@ -185,5 +185,5 @@ def test_nothing_trained_is_one_line(tmp_path, capsys):
     (tmp_path / "latency.yaml").write_text(f"model: {tmp_path}\n")
     output = tmp_path / "latency.json"
     assert main(["--config", str(tmp_path / "latency.yaml"), "--output", str(output)]) == 1
-    assert "run python -m training.fit" in capsys.readouterr().err
+    assert "run python -m training fit" in capsys.readouterr().err
     assert not output.exists()

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.environment import cores
 from benchmarks.server import first_served_answer, statistics_after, statistics_of
 from benchmarks.throughput import Cell, load
-from chestct.client import ScanClient
+from chestct.inference.client import ScanClient
 from tests.support.triton import serve
 
 pytestmark = pytest.mark.server

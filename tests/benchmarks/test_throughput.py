@@ -9,7 +9,7 @@ from benchmarks.environment import cores
 from benchmarks.layouts import Layout, layouts_of, write_layouts
 from benchmarks.throughput import Cell, ThroughputConfig, file_rows, main, markdown
 from benchmarks.variants import find_variants
-from export.repository import parsed_config
+from export.publish.repository import parsed_config
 
 
 def test_row_of_a_cell_by_hand():
@@ -137,5 +137,5 @@ def test_nothing_served_is_one_line(published, monkeypatch, tmp_path, capsys):
     output = Path("never.json")
     command = ["--config", str(tmp_path / "throughput.yaml"), "--output", str(output)]
     assert main(command) == 1
-    assert "run python -m export.repository" in capsys.readouterr().err
+    assert "run python -m export repository" in capsys.readouterr().err
     assert not output.exists()

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.engines import open_engine
 from benchmarks.variants import find_variants, median_interval, read_curve, scores_of, spread
-from training.metrics import macro_auroc
-from training.scans import read_split
+from training.common.metrics import macro_auroc
+from training.data.dataset import read_split
 
 FOLDERS = {
     "fp32": "results/export",

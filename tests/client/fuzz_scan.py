@@ -31,13 +31,13 @@ with atheris.instrument_imports(include=["chestct", "pydicom"]):
 
     from chestct.contract import LUNG_WINDOW
     from chestct.errors import ScanDecodeError
-    from chestct.scan import _inspected, _opened, apply_window, num_frames
+    from chestct.imaging.scan import _inspected, _opened, apply_window, num_frames
 
 import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from training.phantom import dicom_from_phantom, make_phantom
+from training.data.phantom import dicom_from_phantom, make_phantom
 
 SIDE = 40
 TIMEOUT_S = 30  # by the clock, on a machine that may be busy

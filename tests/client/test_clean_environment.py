@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-NEED_AN_EXTRA = ("chestct.web.app", "chestct.web.describe", "chestct.web.metrics")
+NEED_AN_EXTRA = ("chestct.web.app", "chestct.web.schemas", "chestct.web.metrics")
 
 
 @pytest.fixture(scope="module")

@@ -64,13 +64,13 @@ def test_package_exports_everything_that_it_names() -> None:
     }
     assert public == set(chestct.__all__)
     assert set(chestct.errors.__all__) <= public
-    assert set(chestct.scan.__all__) <= public
-    assert set(chestct.client.__all__) <= public
+    assert set(chestct.imaging.scan.__all__) <= public
+    assert set(chestct.inference.client.__all__) <= public
 
 
 def test_import_is_light_and_silent() -> None:
     program = (
-        "import sys, chestct.cli\n"
+        "import sys, chestct.cli.__main__\n"
         "heavy = {'tritonclient', 'grpc', 'gevent', 'pydicom'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )

@@ -117,14 +117,14 @@ def prometheus(tmp_path_factory, triton_environment) -> Iterator[str]:
     pytest.importorskip("fastapi", reason="the page needs the extra web")
     from docker_images_check import write_small_repository
 
-    from training.phantom import make_phantom, write_png
+    from training.data.phantom import make_phantom, write_png
 
     folder = tmp_path_factory.mktemp("monitoring")
     repository = write_small_repository(folder / "small")
     write_png(make_phantom("normal", 1), folder / "scan.png")
     (folder / "broken.png").write_bytes(b"no picture")
     page, own = free_port(), free_port()
-    chestct = [sys.executable, "-c", "from chestct.cli import entry_point; entry_point()"]
+    chestct = [sys.executable, "-c", "from chestct.cli.__main__ import entry_point; entry_point()"]
     with contextlib.ExitStack() as stack:
         triton = stack.enter_context(serve(repository, triton_environment))
         command = [*chestct, "web", "--port", str(page), "--url", triton.grpc_url]

@@ -10,8 +10,8 @@ import docker_server_start as server_start
 import pytest
 from docker_images_check import write_small_repository
 
-from export.engine import EngineConfig, Gpu, read_record
-from export.repository import parsed_config
+from export.convert.engine import EngineConfig, Gpu, read_record
+from export.publish.repository import parsed_config
 from tests.support.triton import serve
 
 GPU = Gpu("Test GPU", "8.9")

@@ -25,10 +25,10 @@ def full_width(scan_batch, common_folder, build_once) -> FullWidth:
         import numpy as np
 
         from chestct.contract import LUNG_WINDOW, ModelFacts
-        from export.onnx import OnnxConfig, write_onnx
-        from training.calibrate import fit_domain
-        from training.files import write_json
-        from training.model import build_classifier, pooled_features, set_domain
+        from export.convert.onnx import OnnxConfig, write_onnx
+        from training.common.atomic_io import write_json
+        from training.network.calibrate import fit_domain
+        from training.network.vgg16 import build_classifier, pooled_features, set_domain
 
         keras.utils.set_random_seed(7)
         model = build_classifier(4)

@@ -21,14 +21,14 @@ import numpy as np
 import onnx
 import pytest
 
-import export.quantize
-from chestct.client import ScanClient
-from export.engine import EngineConfig, build_plan, check_plan, write_graph
-from export.onnx import sha256_of
-from export.parity import keras_runner, triton_runner
-from export.repository import ServeConfig, publish_variants
-from training.config import load_config
-from training.model import load_trained
+import export.convert.quantize
+from chestct.inference.client import ScanClient
+from export.check.parity import keras_runner, triton_runner
+from export.convert.engine import EngineConfig, build_plan, check_plan, write_graph
+from export.publish.repository import ServeConfig, publish_variants
+from training.common.atomic_io import sha256_of
+from training.common.config import load_config
+from training.network.vgg16 import load_trained
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +48,7 @@ def variants(full_width, scan_batch, tmp_path_factory) -> Path:
         (results / name).mkdir(parents=True)
         shutil.copy(full_width.model / "facts.json", results / name)
     shutil.copy(full_width.onnx, results / "export" / "model.onnx")
-    quantized = export.quantize.quantized(onnx.load(full_width.onnx), scan_batch)
+    quantized = export.convert.quantize.quantized(onnx.load(full_width.onnx), scan_batch)
     onnx.save(quantized, results / "int8" / "model.onnx")
     for name in ("engine", "engine-int8"):
         config = load_config(EngineConfig, CHECKOUT / "configs" / f"{name}.yaml")

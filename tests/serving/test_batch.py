@@ -20,10 +20,15 @@ from PIL import Image
 from serving.local import LocalTriton
 from tests.support.triton import serve
 from tests.support.waiting import until
-from training.phantom import dicom_from_phantom, make_phantom
+from training.data.phantom import dicom_from_phantom, make_phantom
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("serving")]
-COMMAND = [sys.executable, "-c", "from chestct.cli import entry_point as e; e()", "classify"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "chestct.cli",
+    "classify",
+]
 NUM_PICTURES, NUM_SLICES = 90, 12
 
 

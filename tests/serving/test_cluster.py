@@ -17,7 +17,12 @@ from PIL import Image
 from serving.local import LocalTriton
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("serving")]
-COMMAND = [sys.executable, "-c", "from chestct.cli import entry_point as e; e()", "classify"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "chestct.cli",
+    "classify",
+]
 NUM_FILES = 300
 
 

@@ -20,12 +20,12 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelFacts, Window
 from chestct.errors import ScanDecodeError
-from chestct.limits import DECODE_MEMORY_BYTES
-from chestct.scan import decode_scan, inspect_scan, list_scans
-from export.repository import write_encoded
+from chestct.imaging.limits import DECODE_MEMORY_BYTES
+from chestct.imaging.scan import decode_scan, inspect_scan, list_scans
+from chestct.inference.client import ScanClient
+from export.publish.repository import write_encoded
 from serving.local import LocalTriton
 from tests.client.swelling import dicom_that_swells
 from tests.support.triton import config_parameters, serve

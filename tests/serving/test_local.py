@@ -29,8 +29,8 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from chestct.client import ScanClient
 from chestct.errors import InferenceTimeoutError
+from chestct.inference.client import ScanClient
 from serving import local
 from serving.local import LocalTriton, LocalTritonError, find_installation, main
 from tests.support.triton import serve
@@ -429,7 +429,7 @@ def test_watch_gives_up_on_a_server_that_cannot_restart(
 
 def run_main(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "serving.local", *arguments],
+        [sys.executable, "-m", "serving", "local", *arguments],
         cwd=CHECKOUT,
         stderr=subprocess.PIPE,
         text=True,
@@ -440,7 +440,7 @@ def run_main(*arguments: str) -> subprocess.Popen[str]:
 def foreground(
     patient_repository: Path, environment: Path
 ) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """`python -m serving.local` once it is ready, its gRPC address, and the server's number."""
+    """`python -m serving local` once it is ready, its gRPC address, and the server's number."""
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
     process = run_main(f"--repository={patient_repository}", f"--environment={environment}", *ports)
     with process:

@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tritonclient.utils import InferenceServerException
 
-from chestct.client import ScanClient, TLSOptions
 from chestct.errors import ServerError
+from chestct.inference.client import ScanClient, TLSOptions
 from serving.local import Certificates, LocalTriton, LocalTritonError, main
 from tests.support.triton import SMALL_FACTS, config_parameters, serve
 

@@ -1,7 +1,6 @@
 """Thin client for a chest-CT classifier served by NVIDIA Triton. Not a medical device."""
 
-from chestct.batch import classify_paths
-from chestct.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
+from chestct.batch.pipeline import classify_paths
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts, Window
 from chestct.errors import (
     ChestCTError,
@@ -17,8 +16,7 @@ from chestct.errors import (
     SpoolError,
     SpoolFullError,
 )
-from chestct.report import error_line, json_text, result_line
-from chestct.scan import (
+from chestct.imaging.scan import (
     SCAN_SUFFIXES,
     Scan,
     Slice,
@@ -33,8 +31,10 @@ from chestct.scan import (
     load_scan,
     resize_scan,
 )
-from chestct.series import SeriesSlice, group_series, series_record
-from chestct.sources import Source, list_sources
+from chestct.imaging.sources import Source, list_sources
+from chestct.inference.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
+from chestct.results.records import error_line, json_text, result_line
+from chestct.results.series import SeriesSlice, group_series, series_record
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,9 @@
 """Triton backend called `chestct_scan`: the bytes of a file become the scan that the network eats.
 
 First step of the ensemble `chestct_encoded`. Decoding, windowing and resizing are those of
-`chestct.scan`, so a file gives the same numbers here as in the client. `serving.local` lays the
-package `chestct` beside this file; elsewhere it is installed into the Python that Triton runs.
+`chestct.imaging.scan`, so a file gives the same numbers here as in the client. `serving.local`
+lays the package `chestct` beside this file; elsewhere it is installed into the Python that Triton
+runs.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ sys.path.append(str(Path(__file__).parent))
 
 from chestct.contract import INPUT_NAME, NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ScanDecodeError
-from chestct.limits import DECODE_MEMORY_BYTES, limit_memory
-from chestct.scan import inspect_bytes
+from chestct.imaging.limits import DECODE_MEMORY_BYTES, limit_memory
+from chestct.imaging.scan import inspect_bytes
 
 Tensors = dict[str, np.ndarray]
 
@@ -94,7 +95,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
-        """Leave the config as `export.repository` wrote it."""
+        """Leave the config as `export.publish.repository` wrote it."""
         return auto_complete_model_config
 
     def initialize(self, args: Mapping[str, str]) -> None:

@@ -75,8 +75,9 @@ class Page:
 # The page as it is, but for limits that a test would otherwise wait for.
 PROGRAM = """
 import functools, sys
-from chestct.cli import main
-from chestct.web import command, link
+from chestct.cli.__main__ import main
+from chestct.cli import web as command
+from chestct.web import model_session as link
 link.LOOK_EVERY_S, link.LOOK_TIMEOUT_S = 0.2, 1.0
 command.WebSettings = functools.partial(command.WebSettings, {settings})
 sys.exit(main())
@@ -140,8 +141,8 @@ def wait_for_model(page: Page, is_up: bool = True, timeout_s: float = 60) -> dic
 
 
 def phantom_png(label: str, seed: int, size: int = 256) -> bytes:
-    from chestct.scan import apply_window
-    from training.phantom import make_phantom
+    from chestct.imaging.scan import apply_window
+    from training.data.phantom import make_phantom
 
     grey = apply_window(make_phantom(label, seed, size=size).hu, LUNG_WINDOW)
     return png_of(Image.fromarray(grey))
@@ -154,7 +155,7 @@ def png_of(picture: Image.Image) -> bytes:
 
 
 def phantom_dicom(label: str, seed: int, size: int = 256, **tags: Any) -> bytes:
-    from training.phantom import dicom_from_phantom, make_phantom
+    from training.data.phantom import dicom_from_phantom, make_phantom
 
     dataset = dicom_from_phantom(make_phantom(label, seed, size=size))
     for keyword, value in tags.items():

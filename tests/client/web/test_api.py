@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 
-from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
-from chestct.scan import apply_window, decode_scan, inspect_scan, load_scan
+from chestct.imaging.scan import apply_window, decode_scan, inspect_scan, load_scan
+from chestct.inference.client import ScanClient
 from tests.client.swelling import dicom_that_swells
 
 from .conftest import (
@@ -408,7 +408,7 @@ def test_concurrent_users_never_get_each_others_scans(page):
 
 
 def inspect_scan_bytes(data):
-    from chestct.scan import decode_scan
+    from chestct.imaging.scan import decode_scan
 
     return decode_scan(data, "scan.png")[..., 0]
 
@@ -440,7 +440,7 @@ def test_openapi_description_holds_under_schemathesis(page):
 def test_missing_extra_is_told_with_its_pip_line(monkeypatch, capsys):
     import sys
 
-    from chestct.cli import main
+    from chestct.cli.__main__ import main
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["web"]) == 2
@@ -448,7 +448,7 @@ def test_missing_extra_is_told_with_its_pip_line(monkeypatch, capsys):
 
 
 def test_wrong_settings_are_wrong_usage(capsys, tmp_path):
-    from chestct.cli import main
+    from chestct.cli.__main__ import main
 
     (tmp_path / "short").write_text("abc")
     for options in (["--workers", "0"], ["--token-file", str(tmp_path / "short")], ["--url", "x"]):

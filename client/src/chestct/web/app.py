@@ -20,15 +20,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from chestct import __version__
-from chestct.client import Predictions
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.errors import ServerError
-from chestct.report import error_line, json_text, result_line
+from chestct.inference.client import Predictions
+from chestct.results.records import error_line, json_text, result_line
 from chestct.web.decoder import Decoded, Decoder, Failed, Picture
-from chestct.web.describe import CLASSIFY, HealthBody, ModelBody, error_responses
-from chestct.web.guard import Guard, error_body
-from chestct.web.link import ModelLink
 from chestct.web.metrics import Metrics
+from chestct.web.middleware import Guard, error_body
+from chestct.web.model_session import ModelLink
+from chestct.web.schemas import CLASSIFY, HealthBody, ModelBody, error_responses
 from chestct.web.settings import WebSettings
 from chestct.web.uploads import Held, Upload, UploadError, read_uploads, too_large
 

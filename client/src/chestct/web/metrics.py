@@ -9,7 +9,7 @@ from prometheus_client import generate_latest as text_of
 
 if TYPE_CHECKING:
     from chestct.web.decoder import Decoder
-    from chestct.web.link import ModelLink
+    from chestct.web.model_session import ModelLink
     from chestct.web.uploads import Held
 
 __all__ = ["Metrics"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from chestct.client import TLSOptions
 from chestct.contract import MODEL_NAME
-from chestct.limits import DECODE_MEMORY_BYTES
+from chestct.imaging.limits import DECODE_MEMORY_BYTES
+from chestct.inference.client import TLSOptions
 
 __all__ = ["WebSettings"]
 

@@ -25,10 +25,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from chestct import limits
-from chestct.body import body_box
 from chestct.contract import Window
-from chestct.dicom import (
+from chestct.errors import ScanDecodeError
+from chestct.imaging import limits
+from chestct.imaging._warnings import without_warnings
+from chestct.imaging.body import body_box
+from chestct.imaging.dicom import (
     hu_from_stored,
     is_dicom,
     is_padding,
@@ -37,10 +39,8 @@ from chestct.dicom import (
     stored_values,
     upright,
 )
-from chestct.errors import ScanDecodeError
-from chestct.scan import Scan, apply_window, inspect_scans
-from chestct.silence import without_warnings
-from chestct.sources import Source
+from chestct.imaging.scan import Scan, apply_window, inspect_scans
+from chestct.imaging.sources import Source
 
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")  # PKWARE APPNOTE, sections 4.3.7 and 4.3.16
 READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for gigabytes

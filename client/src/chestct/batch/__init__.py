@@ -1,0 +1,1 @@
+"""Directories of scans: selection, decoding, sending, series."""

@@ -1,0 +1,345 @@
+"""Where scans are: files, folders, zip archives of a study, and the index of a DICOM medium."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO, FileIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from chestct.errors import ScanDecodeError
+from chestct.imaging._warnings import without_warnings
+from chestct.imaging.limits import ACCEPTED, MAX_FILE_BYTES, require_size
+
+__all__ = ["SCAN_SUFFIXES", "Source", "list_scans", "list_sources"]
+
+SCAN_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+ARCHIVE_SUFFIX = ".zip"
+INDEX_NAME = "DICOMDIR"  # the one name that DICOM PS3.10, section 8.6, allows
+
+MAX_INDEX_BYTES = 32 * 2**20  # some 50,000 images
+MAX_DIRECTORY_BYTES = 8 * 2**20  # of a zip archive: some 80,000 files
+MAX_INFLATION = 200  # of a whole archive; slices of a CT shrink to a half or a third
+READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for gigabytes
+ENCRYPTED = 0x1  # general purpose bit 0: PKWARE APPNOTE, section 4.4.4
+
+
+@dataclass(frozen=True)
+class Source:
+    """One scan file, on disk or in a zip archive.
+
+    Attributes:
+        path: The file, or the archive that holds it.
+        member: Its name within the archive; empty for a file of its own.
+    """
+
+    path: Path
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        """What records carry as `path`: `study.zip!series/IM001.dcm` for a file in an archive."""
+        return f"{self.path}!{self.member}" if self.member else str(self.path)
+
+    def num_bytes(self) -> int:
+        """How large it is, unpacked; 0 where that cannot be known."""
+        try:
+            if self.member:
+                return _open_archive(self.path).getinfo(self.member).file_size
+            return os.stat(self.path).st_size
+        except (ScanDecodeError, KeyError, OSError, ValueError):
+            return 0
+
+    def read(self) -> bytes:
+        """The whole file; of an archive nothing is written to disk.
+
+        Raises:
+            ScanDecodeError: It cannot be read, is no regular file, is empty, encrypted, or too
+                large.
+        """
+        if self.member:
+            return _read_member(self)
+        if self.path.suffix.lower() == ARCHIVE_SUFFIX:
+            _open_archive(self.path)
+            raise ScanDecodeError(f"{self.name}: a zip archive, expected one of the files in it")
+        return _read_file(self.path)
+
+
+def list_sources(root: str | os.PathLike[str]) -> Iterator[Source]:
+    """Scans under a path, one after the other, sorted within each folder.
+
+    A file yields itself, whatever its name. A folder is walked recursively and yields files
+    with one of `SCAN_SUFFIXES`, and files without a suffix (or with a number for one, as in
+    names made from UIDs) that carry the DICOM preamble. Hidden files and links to folders are
+    passed over. A zip archive is walked as if it were a folder, but not an archive within it.
+    Where a `DICOMDIR` lists files and all of them are there, they are taken in its order and
+    nothing else of its folder is. A folder or archive that cannot be read yields itself, so that
+    reading it tells why.
+
+    Raises:
+        ScanDecodeError: Nothing is at `root`.
+    """
+    for path in _walk(_existing(root), with_index=True):
+        if path.suffix.lower() == ARCHIVE_SUFFIX and not path.is_dir():
+            yield from _members(path)
+        else:
+            yield Source(path)
+
+
+def list_scans(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Scan files under a path as `list_sources` finds them, without archives and indices.
+
+    Raises:
+        ScanDecodeError: Nothing is at `path`.
+    """
+    root = _existing(path)
+    for found in _walk(root, with_index=False):
+        if found == root or found.suffix.lower() != ARCHIVE_SUFFIX:
+            yield found
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    root = Path(path)
+    try:
+        os.lstat(root)
+    except (OSError, ValueError):
+        raise ScanDecodeError(f"{path}: no such file or folder") from None
+    return root
+
+
+def _walk(root: Path, *, with_index: bool) -> Iterator[Path]:
+    if not root.is_dir():
+        listed = _listed(root) if with_index and root.name == INDEX_NAME else []
+        yield from listed or [root]
+        return
+    # A stack of its own: folders may be nested deeper than Python's calls.
+    levels = [_entries(root, with_index)]
+    while levels:
+        for path, is_folder in levels[-1]:
+            if is_folder:
+                levels.append(_entries(path, with_index))
+                break
+            yield path
+        else:
+            levels.pop()
+
+
+def _entries(folder: Path, with_index: bool) -> Iterator[tuple[Path, bool]]:
+    """Scans and folders directly in a folder, and whether each is a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    except OSError:
+        yield folder, False
+        return
+    if with_index and (INDEX_NAME, False) in found and (listed := _listed(folder / INDEX_NAME)):
+        yield from ((path, False) for path in listed)
+        return
+    for name, is_folder in found:
+        path = folder / name
+        if not name.startswith(".") and name != INDEX_NAME and (is_folder or _is_scan(path)):
+            yield path, is_folder
+
+
+def _is_scan(path: Path) -> bool:
+    if path.suffix.lower() in (*SCAN_SUFFIXES, ARCHIVE_SUFFIX):
+        return True
+    if not _may_be_unnamed(path.suffix):
+        return False
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return _has_preamble(file.read(132))
+    except OSError:
+        return False
+
+
+def _may_be_unnamed(suffix: str) -> bool:
+    return not suffix or suffix[1:].isdigit()
+
+
+def _has_preamble(head: bytes) -> bool:
+    return head[128:] == b"DICM"
+
+
+def _listed(index: Path) -> list[Path]:
+    """The files that a DICOMDIR lists, if it can be read and all of them are there."""
+    try:
+        if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
+            return []
+        paths = [index.parent.joinpath(*parts) for parts in _listed_parts(index.read_bytes())]
+        return paths if all(path.is_file() for path in paths) else []
+    except (OSError, ValueError):
+        return []
+
+
+def _listed_parts(data: bytes) -> list[tuple[str, ...]]:
+    """Referenced File IDs in the order of the index, each once: DICOM PS3.3 F.3.2.2.
+
+    Raises:
+        ValueError: It cannot be read, or names something outside of its folder.
+    """
+    from pydicom import dcmread
+
+    try:
+        with without_warnings:
+            dataset = dcmread(BytesIO(data), specific_tags=["DirectoryRecordSequence"])
+            found = [record.get("ReferencedFileID") for record in dataset.DirectoryRecordSequence]
+    except Exception as error:  # broken files make pydicom raise nearly anything
+        raise ValueError("no readable DICOMDIR") from error
+    parts = [(item,) if isinstance(item, str) else tuple(item) for item in found if item]
+    for part in {part for names in parts for part in names}:
+        if part in ("", ".", "..") or "/" in part or "\0" in part:
+            raise ValueError(f"{part!r} in a DICOMDIR: expected the name of a file or folder")
+    return list(dict.fromkeys(parts))
+
+
+class _BoundedFile(FileIO):
+    """A file of which no more than `limit` bytes are read at once."""
+
+    limit = MAX_DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > self.limit:
+            raise zipfile.BadZipFile(f"its directory is larger than {self.limit // 2**20} MiB")
+        return super().read(size) or b""
+
+
+class _Archive(zipfile.ZipFile):
+    """A zip archive whose directory is of bounded size and which is no bomb by its directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _BoundedFile(path)
+        try:
+            super().__init__(self._file)
+            self._file.limit = MAX_FILE_BYTES + 1
+            promised = sum(info.file_size for info in self.infolist())
+            if promised > MAX_FILE_BYTES + MAX_INFLATION * os.fstat(self._file.fileno()).st_size:
+                raise zipfile.BadZipFile(f"it would unpack to {promised / 2**30:.1f} GiB")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+def _open_archive(path: Path) -> _Archive:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ScanDecodeError(f"{path}: not a regular file, {ACCEPTED}")
+        return _archive(path, status.st_size, status.st_mtime_ns, os.getpid())
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+    except ScanDecodeError:
+        raise
+    except Exception as error:  # broken archives make zipfile raise nearly anything
+        raise ScanDecodeError(f"{path}: no readable zip archive: {_reason(error)}") from error
+
+
+# A process that was forked must not share the place in an open file with its parent.
+@lru_cache(maxsize=4)
+def _archive(path: Path, num_bytes: int, changed_ns: int, process: int) -> _Archive:
+    return _Archive(path)
+
+
+def _members(path: Path) -> Iterator[Source]:
+    try:
+        archive = _open_archive(path)
+    except ScanDecodeError:
+        yield Source(path)
+        return
+    infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    for name in _members_by_index(archive, infos) or sorted(infos):
+        place = PurePosixPath(name)
+        is_hidden = any(part.startswith((".", "__MACOSX")) for part in place.parts)
+        if not is_hidden and place.name != INDEX_NAME and _is_scan_member(archive, infos[name]):
+            yield Source(path, name)
+
+
+def _members_by_index(archive: _Archive, infos: dict[str, Any]) -> list[str]:
+    """What the only DICOMDIR of an archive lists, if it can be read and all of it is there."""
+    indices = [name for name in infos if PurePosixPath(name).name == INDEX_NAME]
+    if len(indices) != 1 or infos[indices[0]].file_size > MAX_INDEX_BYTES:
+        return []
+    folder = indices[0].removesuffix(INDEX_NAME)
+    try:
+        names = [folder + "/".join(parts) for parts in _listed_parts(archive.read(indices[0]))]
+    except Exception:  # broken archives make zipfile raise nearly anything
+        return []
+    return names if all(name in infos for name in names) else []
+
+
+def _is_scan_member(archive: _Archive, info: zipfile.ZipInfo) -> bool:
+    suffix = PurePosixPath(info.filename).suffix
+    if suffix.lower() in SCAN_SUFFIXES:
+        return True
+    if not _may_be_unnamed(suffix) or info.compress_type not in READABLE_METHODS:
+        return False
+    if info.flag_bits & ENCRYPTED:
+        return True  # reading it tells why
+    try:
+        with archive.open(info) as file:
+            return _has_preamble(file.read(132))
+    except Exception:  # broken archives make zipfile raise nearly anything
+        return True
+
+
+def _read_member(source: Source) -> bytes:
+    archive = _open_archive(source.path)
+    try:
+        info = archive.getinfo(source.member)
+        require_size(info.file_size, source.name)
+        if info.flag_bits & ENCRYPTED:
+            raise ScanDecodeError(
+                f"{source.name}: encrypted, expected an archive without a password. Unpack it."
+            )
+        if info.compress_type not in READABLE_METHODS:
+            raise ScanDecodeError(
+                f"{source.name}: compression method {info.compress_type}, expected stored or "
+                "deflated (0 or 8). Unpack it."
+            )
+        with archive.open(info) as file:
+            return file.read(info.file_size + 1)  # no more, whatever the stream holds
+    except ScanDecodeError:
+        raise
+    except OSError as error:
+        raise _unreadable(source.name, error) from error
+    except Exception as error:  # broken archives make zipfile raise nearly anything
+        raise ScanDecodeError(f"{source.name}: cannot be unpacked: {_reason(error)}") from error
+
+
+def _read_file(path: Path) -> bytes:
+    name = str(path)
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            os.scandir(path).close()
+            raise ScanDecodeError(f"{name}: a folder, expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise ScanDecodeError(f"{name}: not a regular file, {ACCEPTED}")
+        require_size(status.st_size, name)
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    except ValueError as error:  # a null character in the name
+        raise ScanDecodeError(f"{name!r}: not a file name: {error}") from error
+
+
+def _unreadable(name: str, error: OSError) -> ScanDecodeError:
+    reason = (error.strerror or str(error)).lower()
+    return ScanDecodeError(f"{name}: cannot be read: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""DICOM network: a storage node, its queue, structured reports."""

@@ -1,0 +1,1 @@
+"""From Keras to ONNX, INT8, a student, TensorRT."""

@@ -1,0 +1,1 @@
+"""The Triton model repository and the rollout of a version."""

@@ -1,0 +1,247 @@
+"""What the earlier stages wrote about one trained model, read and checked against each other."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chestct.contract import ModelFacts
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """What `training.cards.card` is told.
+
+    Attributes:
+        train: Folder that `training.learn.fit` wrote.
+        evaluate: Folder that `training.score.evaluate` wrote for that model.
+        audit: Findings of `training.data.audit`.
+        split: Record of `training.data.split`.
+        ingest: Table of `training.data.ingest`.
+        variants: For each variant the folder of its `facts.json` and `parity.json`; what is not
+            there, or is of another run, is written as not measured.
+        latency: Result of `benchmarks.latency`, likewise.
+        output: Folder for the cards.
+        worst_scans: So many scans with the largest loss are listed for each protocol.
+        intended_use: For what the model was made, beyond research. This and the rest are facts
+            that no stage can know, in Markdown; None is written as not stated.
+        data_source: Who collected the scans, where, when, and from whom.
+        data_licence: Terms under which the scans may be used.
+        population: Age, sex, origin and illness of the patients.
+        reference_standard: How, and by whom, it was decided which class a scan has.
+        ethics: Approval, consent and de-identification.
+        funding: Who paid, and what part they had.
+        contact: Where faults are told.
+    """
+
+    train: Path = Path("results/train")
+    evaluate: Path = Path("results/evaluate")
+    audit: Path = Path("results/audit/audit.json")
+    split: Path = Path("results/split/split.json")
+    ingest: Path = Path("data/ingest.json")
+    variants: dict[str, str] = field(
+        default_factory=lambda: {
+            "fp32": "results/export",
+            "int8": "results/int8",
+            "compressed": "results/compressed",
+        }
+    )
+    latency: Path = Path("results/benchmark/latency.json")
+    output: Path = Path("results/card")
+    worst_scans: int = 10
+    intended_use: str | None = None
+    data_source: str | None = None
+    data_licence: str | None = None
+    population: str | None = None
+    reference_standard: str | None = None
+    ethics: str | None = None
+    funding: str | None = None
+    contact: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ValueError: No scan is to be listed, an empty statement, or a variant without a folder.
+        """
+        if self.worst_scans < 1:
+            raise ValueError(f"worst_scans is {self.worst_scans}; expected at least 1")
+        for name in STATEMENTS:
+            text = getattr(self, name)
+            if text is not None and not text.strip():
+                raise ValueError(f"{name} is empty; leave it out where nothing is known")
+        for name, folder in self.variants.items():
+            if not isinstance(folder, str):
+                raise ValueError(f"variants: {name} is {folder!r}; expected a folder")
+
+
+STATEMENTS = (
+    "intended_use", "data_source", "data_licence", "population", "reference_standard", "ethics",
+    "funding", "contact",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """The records of one trained model.
+
+    Attributes:
+        facts: Of the model.
+        model_sha256: Of the file `model.keras`.
+        training: Content of `run.json`: run, weights, settings, seconds.
+        history: Rows of `history.csv`, one an epoch.
+        metrics: Content of `metrics.json`.
+        predictions: Rows of `predictions.csv`.
+        audit: Content of `audit.json`.
+        split: Content of `split.json`.
+        ingest: Content of `ingest.json`.
+        parity: For each variant its parity report, or why there is none.
+        latency: Content of `latency.json`, or why there is none.
+    """
+
+    facts: ModelFacts
+    model_sha256: str
+    training: dict[str, Any]
+    history: list[dict[str, str]]
+    metrics: dict[str, Any]
+    predictions: list[dict[str, str]]
+    audit: dict[str, Any]
+    split: dict[str, Any]
+    ingest: dict[str, Any]
+    parity: dict[str, dict[str, Any] | str]
+    latency: dict[str, Any] | str
+
+    @property
+    def protocols(self) -> dict[str, Any]:
+        """The scores, by protocol."""
+        return self.metrics["protocols"]  # type: ignore[no-any-return]
+
+    @property
+    def external(self) -> list[str]:
+        """The protocols on scans of another source."""
+        return [name for name in self.protocols if name.startswith("external_")]
+
+
+def read_artefacts(config: CardConfig) -> Artefacts:
+    """All records, of one run on one set of scans.
+
+    Raises:
+        ValueError: A record is missing, broken, or about another run or other scans; the message
+            names the command that makes it.
+    """
+    model = config.train / "model.keras"
+    facts_file = config.train / "facts.json"
+    facts = _facts(facts_file, _read_json(facts_file, "training.learn.fit"))
+    training = _read_json(
+        config.train / "run.json", "training.learn.fit", ("run", "weights", "seconds")
+    )
+    metrics_file = config.evaluate / "metrics.json"
+    metrics = _read_json(
+        metrics_file, "training.score.evaluate", ("run", "data_hash", "intervals", "protocols")
+    )
+    _require_same(metrics_file, metrics["run"], config.train, facts.run, "training.score.evaluate")
+    _require_same(
+        metrics_file, metrics["data_hash"], config.train, facts.data_hash, "training.score.evaluate"
+    )
+    for name, answers in metrics["protocols"].items():
+        if missing := {"model", "reliability", "before_temperature"} - set(answers):
+            raise ValueError(
+                f"{metrics_file}: no {', '.join(sorted(missing))} under {name}; run python -m "
+                "training.score.evaluate again"
+            )
+    ingest = _read_json(
+        config.ingest, "training.data.ingest", ("source", "data_hash", "num_scans", "counts")
+    )
+    audit = _read_json(
+        config.audit, "training.data.audit", ("data_hash", "duplicates", "brightness")
+    )
+    split = _read_json(config.split, "training.data.split", ("data_hash", "protocol", "counts"))
+    for file, content, command in (
+        (config.audit, audit, "training.data.audit"), (config.split, split, "training.data.split"),
+    ):  # fmt: skip
+        _require_same(file, content["data_hash"], config.ingest, ingest["data_hash"], command)
+    _require_file(model, "training.learn.fit")
+    with model.open("rb") as opened:
+        model_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    return Artefacts(
+        facts=facts,
+        model_sha256=model_sha256,
+        training=training,
+        history=_read_csv(config.train / "history.csv", "training.learn.fit"),
+        metrics=metrics,
+        predictions=_read_csv(config.evaluate / "predictions.csv", "training.score.evaluate"),
+        audit=audit,
+        split=split,
+        ingest=ingest,
+        parity={name: _parity(Path(folder), facts.run) for name, folder in config.variants.items()},
+        latency=_of_run(config.latency, facts.run, "benchmarks.latency"),
+    )
+
+
+def _parity(folder: Path, run: str) -> dict[str, Any] | str:
+    """The parity report of a variant of the model of `run`, or why there is none."""
+    facts_file = folder / "facts.json"
+    if not facts_file.is_file() or not (folder / "parity.json").is_file():
+        return f"{folder} holds none"
+    of = _facts(facts_file, _read_json(facts_file, "export.convert.onnx")).run
+    student = folder / "student.json"
+    if student.is_file():
+        of = _read_json(student, "training.learn.distill", ("teacher",))["teacher"]
+    if of != run:
+        return f"{folder} is of run {of}"
+    return _read_json(folder / "parity.json", "export.check.parity", ("holds",))
+
+
+def _of_run(file: Path, run: str, command: str) -> dict[str, Any] | str:
+    """A record that may be missing or of another run, or why it does not count."""
+    if not file.is_file():
+        return f"{file} is not there"
+    content = _read_json(file, command, ("run",))
+    return content if content["run"] == run else f"{file} is of run {content['run']}"
+
+
+def _facts(file: Path, content: Mapping[str, Any]) -> ModelFacts:
+    try:
+        return ModelFacts.from_parameters(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; run python -m training fit again") from error
+
+
+def _require_file(file: Path, command: str) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; run python -m {command}")
+
+
+def _require_same(file: Path, found: str, other: Path, wanted: str, command: str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{file} is about {found}, {other} about {wanted}; run python -m {command} again"
+        )
+
+
+def _read_json(file: Path, command: str, keys: Iterable[str] = ()) -> dict[str, Any]:
+    _require_file(file, command)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON; run python -m {command} again") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        raise ValueError(
+            f"{file}: no {', '.join(missing) or 'keys'} in it; run python -m {command} again"
+        )
+    return content
+
+
+def _read_csv(file: Path, command: str) -> list[dict[str, str]]:
+    _require_file(file, command)
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    if not rows:
+        raise ValueError(f"{file}: no rows in it; run python -m {command} again")
+    return rows

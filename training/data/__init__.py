@@ -1,0 +1,1 @@
+"""Scan folders: ingest, audit, splits, phantoms."""

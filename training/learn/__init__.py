@@ -1,0 +1,1 @@
+"""Fitting, distillation, cross-validation and hyperparameter search."""

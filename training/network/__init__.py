@@ -1,0 +1,1 @@
+"""VGG-16, its starting weights, augmentation, calibration and pruning."""
