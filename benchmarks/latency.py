@@ -61,10 +61,10 @@ METHOD = (
 
 @dataclass(frozen=True)
 class LatencyConfig(MeasuredConfig):
-    """What `benchmarks.latency` is told.
+    """What `benchmarks latency` is told.
 
     Attributes:
-        curve: What `export.convert.compress` tried, drawn into the plot where it is there.
+        curve: What `export compress` tried, drawn into the plot where it is there.
         rounds: Most rounds for a batch size, as {batch size: number}.
         limit_s: No further round of a batch size begins after so many seconds.
         cold_starts: Starts of each engine and server; 0 leaves cold start and memory out.

@@ -29,7 +29,7 @@ OFFSETS = [
 
 
 def write_plot(path: Path, result: dict[str, Any]) -> None:
-    """Draw a result of `benchmarks.latency` as PNG or SVG, by the suffix of `path`.
+    """Draw a result of `benchmarks latency` as PNG or SVG, by the suffix of `path`.
 
     Raises:
         OSError: The file cannot be written.
@@ -44,7 +44,7 @@ def draw(result: dict[str, Any]) -> tuple[Figure, list[Annotation]]:
 
     One mark for each engine and variant at batch 1, with the 95 % interval of its AUROC; HTTP and
     shared memory are left out, being the same engine by other ways. The line joins the marks that
-    no other one beats in both. `result["curve"]` holds the points of `export.convert.compress`.
+    no other one beats in both. `result["curve"]` holds the points of `export compress`.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -85,9 +85,7 @@ def draw(result: dict[str, Any]) -> tuple[Figure, list[Annotation]]:
     dots = [(name, colour, "o") for name, colour in colours.items()]
     shapes = [(name, "black", marker) for name, marker in MARKERS.items() if name in used]
     if curve:
-        shapes.append(
-            ("tried by export.convert.compress,\nfilled: chosen", CURVE_COLOUR, CURVE_MARKER)
-        )
+        shapes.append(("tried by export compress,\nfilled: chosen", CURVE_COLOUR, CURVE_MARKER))
     figure.legend(
         handles=[
             Line2D(

@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(found, dict) or not {"environment", "rows"} <= found.keys():
-        raise ValueError(f"{path}: no result of benchmarks.latency or benchmarks.throughput")
+        raise ValueError(f"{path}: no result of benchmarks latency or benchmarks throughput")
     return found
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         description=inspect.getdoc(main),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="JSON of benchmarks.latency or .throughput")
+    parser.add_argument("result", type=Path, help="JSON of benchmarks latency or .throughput")
     parser.add_argument("--baseline", type=Path, required=True, help="the committed JSON")
     parser.add_argument(
         "--allowed", type=float, default=0.15, help="part that noise may take (%(default)s)"

@@ -67,7 +67,7 @@ Way = Callable[[list[Path], Path], None]  # classifies files and writes a line f
 
 @dataclass(frozen=True)
 class ThroughputConfig(MeasuredConfig):
-    """What `benchmarks.throughput` is told.
+    """What `benchmarks throughput` is told.
 
     Attributes:
         concurrency: Requests in flight.
@@ -376,7 +376,7 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
     if not served:
         raise ValueError(
             f"{config.repository} serves none of {list(config.variants)}; run python -m "
-            "export.publish.repository"
+            "export repository"
         )
     rows = under_load(config, served)
     every = list(list_scans(config.scans))

@@ -41,7 +41,7 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
     training can be compared: `epochs * plain` against `copies * fill + epochs * cached`.
 
     Args:
-        config: Of `training.learn.fit`; its split, block, batch size and epochs are used.
+        config: Of `training fit`; its split, block, batch size and epochs are used.
         num_scans: At most so many training scans, evenly spread.
         repeats: Timed epochs of each.
 

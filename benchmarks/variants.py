@@ -29,12 +29,12 @@ class MeasuredConfig:
     """What a benchmark of the variants is told, whatever it measures.
 
     Attributes:
-        model: Folder that `training.learn.fit` wrote.
+        model: Folder that `training fit` wrote.
         variants: Folder of each variant, as {name: folder}; those that are not there are named in
             the result.
         repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
         scans: Folder of scans to send.
-        split: Labelled scans, CSV of `training.data.split`; its test rows give each row its
+        split: Labelled scans, CSV of `training split`; its test rows give each row its
         accuracy.
         most_scored: At most so many of them, evenly spread.
         seed: Of the random order in which things are measured.
@@ -152,13 +152,13 @@ def find_variants(
             if served.is_file() and sha256_of(served) != sha256_of(ours):
                 raise ValueError(
                     f"{served} is another file than {ours}; publish again: python -m "
-                    "export.publish.repository"
+                    "export repository"
                 )
         variants.append(Variant(name, variant.folder, repository, config))
     if not variants:
         raise ValueError(
             f"no variant of the model is there ({'; '.join(missing.values())}); run python -m "
-            "export.convert.onnx"
+            "export onnx"
         )
     return variants, missing
 

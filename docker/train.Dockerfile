@@ -49,4 +49,4 @@ VOLUME ["/work"]
 # It runs one command and ends; the services that it can be have checks of their own.
 HEALTHCHECK NONE
 ENTRYPOINT ["python3", "-m"]
-CMD ["training.learn.fit", "--config", "/opt/chestct/configs/train.yaml"]
+CMD ["training", "fit", "--config", "/opt/chestct/configs/train.yaml"]

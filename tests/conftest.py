@@ -104,13 +104,13 @@ def _own_tracking_store(common_folder: Path, build_once: BuildOnce) -> None:
 
 @pytest.fixture(scope="session")
 def narrow_widths() -> tuple[int, ...]:
-    """The channels of every network that `training.learn.fit` trains in tests."""
+    """The channels of every network that `training fit` trains in tests."""
     return NARROW
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _narrow_training() -> Iterator[None]:
-    """`training.learn.fit` builds a narrow network: the same graph, contract and code."""
+    """`training fit` builds a narrow network: the same graph, contract and code."""
     import training.learn.fit
     from training.network.vgg16 import build_classifier
 

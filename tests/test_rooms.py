@@ -35,7 +35,7 @@ SHARED_BY_EXPORT = (
 # own. Within a package modules may import each other, without a circle.
 FLOORS = {
     "chestct": [
-        {"errors", "contract", "region"}, {"imaging"}, {"inference"}, {"results"}, {"batch"},
+        {"errors", "contract"}, {"region", "imaging"}, {"inference"}, {"results"}, {"batch"},
         {"pacs", "web"}, {"cli"},
     ],
     "training": [
@@ -261,7 +261,7 @@ def test_a_room_lists_its_commands_and_runs_them(room):
     with_main = {
         module_of(file)
         for file in (CHECKOUT / room).rglob("*.py")
-        if re.search(r"^def main\(argv: list\[str\]", file.read_text(), re.MULTILINE)
+        if re.search(r"^def main\(argv: ", file.read_text(), re.MULTILINE)
     }
     assert set(modules.values()) == with_main
     name = next(iter(modules))

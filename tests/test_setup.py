@@ -265,7 +265,7 @@ def test_make_takes_the_cpu_unless_asked_whatever_the_driver(
     device, hidden, checkout, graphics_driver
 ):
     """`make serve` of a checkout whose server prints what it sees."""
-    (checkout / "serving" / "local.py").write_text(
+    (checkout / "serving" / "__main__.py").write_text(
         "import os\nprint('sees', os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ['DEVICE'])\n"
     )
     changes = {"PATH": graphics_driver} | ({"DEVICE": device} if device else {})

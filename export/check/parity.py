@@ -274,7 +274,7 @@ def _require_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; make the variant first, by python -m export onnx (FP32), "
-            "export.convert.quantize (INT8), export.convert.compress or export.convert.engine"
+            "export quantize (INT8), export compress or export engine"
         )
 
 
@@ -553,13 +553,13 @@ def compare_by_labels(
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """What `export.check.parity` is told.
+    """What `export parity` is told.
 
     Attributes:
         variant: Folder with `model.onnx` and `facts.json`, whose precision says how it is judged;
             the report becomes its `parity.json`.
         engines: All that will serve the file.
-        model: Folder that `training.learn.fit` wrote, or an address of MLflow; the reference of an
+        model: Folder that `training fit` wrote, or an address of MLflow; the reference of an
         FP32
             variant. Where the variant was exported from another run, that run's model is fetched.
         scans: Folder of scans; an FP32 variant is compared on any of them.

@@ -46,12 +46,12 @@ SPLITS = ("valid", "test")
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """What `export.convert.compress` is told.
+    """What `export compress` is told.
 
     Attributes:
-        students: Folder that `training.learn.distill` wrote.
+        students: Folder that `training distill` wrote.
         int8: INT8 variant of the full network, one more point of the curve.
-        parity: Config of `export.check.parity` for the variant to be written: its folder, the FP32
+        parity: Config of `export parity` for the variant to be written: its folder, the FP32
             variant that students are held to, the scans, and what may be lost.
         num_scans: At most so many training scans INT8 is calibrated on.
         rounds: Timed requests of each model, all models in turn.

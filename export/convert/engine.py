@@ -40,7 +40,7 @@ INTEGER_OPERATORS = frozenset(
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What `export.convert.engine` is told.
+    """What `export engine` is told.
 
     Attributes:
         onnx: The exported model, its `facts.json` beside it; for int8 one with Q/DQ nodes.
@@ -229,7 +229,7 @@ def graph_of_precision(model: onnx.ModelProto, precision: str) -> onnx.ModelProt
         return cast_first(model)
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         raise ValueError("precision int8 needs an ONNX file with Q/DQ nodes; this one has none")
-    # What TensorRT takes already is no file of export.convert.quantize, which writes for CPUs.
+    # What TensorRT takes already is no file of export quantize, which writes for CPUs.
     return for_tensorrt(model) if tensorrt_objections(model) else model
 
 

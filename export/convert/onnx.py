@@ -38,10 +38,10 @@ TRITON_DTYPES = {1: "FP32", 2: "UINT8", 6: "INT32", 7: "INT64", 10: "FP16", 11: 
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """What `export.convert.onnx` is told.
+    """What `export onnx` is told.
 
     Attributes:
-        model: Folder that `training.learn.fit` wrote, or `models:/chestct@champion` and the like
+        model: Folder that `training fit` wrote, or `models:/chestct@champion` and the like
             (`training.track.registry.model_folder`).
         output: The ONNX file.
         opset: ONNX operator set; 18 is the highest that tf2onnx writes, and TensorRT 10 and 11,

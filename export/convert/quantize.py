@@ -52,7 +52,7 @@ TENSORRT_STEPS = 127  # and in TensorRT, which has signed activations only, 0 to
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """What `export.convert.quantize` is told.
+    """What `export quantize` is told.
 
     Attributes:
         source: Variant folder with the FP32 `model.onnx` and its `facts.json`.
@@ -108,7 +108,7 @@ def calibration_scans(train: ScanSet, count: int) -> ScanSet:
 
 
 def quantized(model: onnx.ModelProto, scans: Scans) -> onnx.ModelProto:
-    """The INT8 form of an FP32 model of `export.convert.onnx`: same inputs, outputs and metadata.
+    """The INT8 form of an FP32 model of `export onnx`: same inputs, outputs and metadata.
 
     Weights have one step for each output channel, activations one for each tensor. What rounding
     the weights shifts the mean of each channel by is taken back in the bias (Nagel et al. 2019,

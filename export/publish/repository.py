@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 GPU_ENGINES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt-plan")
 ENGINES = ("onnxruntime", "openvino", *GPU_ENGINES)
 MODES = ("latency", "throughput")
-CANDIDATE = (
-    f"{MODEL_NAME}_candidate"  # where `export.publish.rollout` tries a version before the switch
-)
+CANDIDATE = f"{MODEL_NAME}_candidate"  # where `export rollout` tries a version before the switch
 ENCODED, DECODE = f"{MODEL_NAME}_encoded", f"{MODEL_NAME}_decode"  # the ensemble, its first step
 VARIANT_KEYS = {"folder": str, "engine": str, "instances": int, "threads": int}
 # triton-inference-server/onnxruntime_backend, README, "Parameter mapping".
@@ -59,7 +57,7 @@ class Settings:
         workspace_mb: Memory that `onnxruntime-tensorrt` may use while it builds and runs.
         cuda_graphs: Replay the kernel launches of a `tensorrt-plan` at the batch sizes of
             `warm_up`. A graph is recorded for one shape; other batch sizes run without.
-        card: Summary of the model card, `summary.json` of `training.cards.card`; it becomes a
+        card: Summary of the model card, `summary.json` of `training card`; it becomes a
         parameter
             of each model, and is left out where the file is not there.
     """
@@ -95,7 +93,7 @@ class RepositoryConfig(Settings):
     Attributes:
         onnx: The ONNX file; for `tensorrt-plan` that of which `model.plan` beside it was built.
         model: Folder of `facts.json`, which becomes the parameters.
-        parity: Report of `export.check.parity`; nothing is written unless it holds for this very
+        parity: Report of `export parity`; nothing is written unless it holds for this very
         file.
         repository: Triton's model repository.
         name: Name of the model in it.
@@ -140,7 +138,7 @@ class RepositoryConfig(Settings):
 
 @dataclass(frozen=True)
 class ServeConfig(Settings):
-    """What `export.publish.repository` is told: which variants are served, and by which engine.
+    """What `export repository` is told: which variants are served, and by which engine.
 
     Attributes:
         variants: For each name its `folder` (which holds `model.onnx`, `facts.json` and
@@ -365,10 +363,10 @@ def write_repository(config: RepositoryConfig) -> int:
     import onnx
 
     for path, remedy in (
-        (config.onnx, "export.convert.onnx"),
-        (config.parity, "export.check.parity"),
-        (config.model / "facts.json", "export.convert.onnx"),
-        (config.served_file, "export.convert.engine"),
+        (config.onnx, "export onnx"),
+        (config.parity, "export parity"),
+        (config.model / "facts.json", "export onnx"),
+        (config.served_file, "export engine"),
     ):
         if not path.is_file():
             raise ValueError(f"{path}: no such file; run python -m {remedy}")
@@ -385,7 +383,7 @@ def write_repository(config: RepositoryConfig) -> int:
     if judged and config.engine in ("onnxruntime", "openvino") and config.engine not in judged:
         raise ValueError(
             f"{config.parity} judged {judged}, not {config.engine}; name it among the engines of "
-            "export.check.parity"
+            "export parity"
         )
     facts = ModelFacts.from_parameters(json.loads((config.model / "facts.json").read_text()))
     facts = dataclasses.replace(facts, card=_card_of(config, facts))

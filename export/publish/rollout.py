@@ -73,12 +73,12 @@ LOOSE = Tolerance(
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What `export.publish.rollout` is told.
+    """What `export rollout` is told.
 
     Attributes:
         repository: Triton's model repository, which the server reads too.
         scans: Folder of scans.
-        split: Labelled scans, CSV of `training.data.split`.
+        split: Labelled scans, CSV of `training split`.
         golden: Its part that is the golden set.
         most_golden: At most so many of its scans, evenly spread.
         accuracy_drop: Most that the accuracy on the golden set may be lower than what is served.

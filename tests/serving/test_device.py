@@ -92,7 +92,7 @@ def test_gpu_is_hidden_from_the_server_and_its_backends(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
         for key, value in facts.to_parameters().items()
     )
-    kind = "instance_group [{ kind: KIND_AUTO }]\n"  # as `export.publish.repository` writes it
+    kind = "instance_group [{ kind: KIND_AUTO }]\n"  # as `export repository` writes it
     write_model(folder / "model repository", "chestct", kind + parameters)
     repository, environment = folder / "model repository", folder / ".venv-triton"
     server = LocalTriton(repository, environment=environment, ready_timeout_s=30)

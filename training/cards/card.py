@@ -69,7 +69,7 @@ def _require_split_of_run(found: Artefacts, known: RunRecord | None, file: Path)
     if own and own["model"]["n"] != tested:
         raise ValueError(
             f"{file} tests {tested} scans, {own['model']['n']} were scored; run python -m "
-            "training.score.evaluate again"
+            "training evaluate again"
         )
 
 

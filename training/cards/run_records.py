@@ -15,17 +15,17 @@ from chestct.contract import ModelFacts
 
 @dataclass(frozen=True)
 class CardConfig:
-    """What `training.cards.card` is told.
+    """What `training card` is told.
 
     Attributes:
-        train: Folder that `training.learn.fit` wrote.
-        evaluate: Folder that `training.score.evaluate` wrote for that model.
-        audit: Findings of `training.data.audit`.
-        split: Record of `training.data.split`.
-        ingest: Table of `training.data.ingest`.
+        train: Folder that `training fit` wrote.
+        evaluate: Folder that `training evaluate` wrote for that model.
+        audit: Findings of `training audit`.
+        split: Record of `training split`.
+        ingest: Table of `training ingest`.
         variants: For each variant the folder of its `facts.json` and `parity.json`; what is not
             there, or is of another run, is written as not measured.
-        latency: Result of `benchmarks.latency`, likewise.
+        latency: Result of `benchmarks latency`, likewise.
         output: Folder for the cards.
         worst_scans: So many scans with the largest loss are listed for each protocol.
         intended_use: For what the model was made, beyond research. This and the rest are facts
@@ -136,50 +136,46 @@ def read_artefacts(config: CardConfig) -> Artefacts:
     """
     model = config.train / "model.keras"
     facts_file = config.train / "facts.json"
-    facts = _facts(facts_file, _read_json(facts_file, "training.learn.fit"))
-    training = _read_json(
-        config.train / "run.json", "training.learn.fit", ("run", "weights", "seconds")
-    )
+    facts = _facts(facts_file, _read_json(facts_file, "training fit"))
+    training = _read_json(config.train / "run.json", "training fit", ("run", "weights", "seconds"))
     metrics_file = config.evaluate / "metrics.json"
     metrics = _read_json(
-        metrics_file, "training.score.evaluate", ("run", "data_hash", "intervals", "protocols")
+        metrics_file, "training evaluate", ("run", "data_hash", "intervals", "protocols")
     )
-    _require_same(metrics_file, metrics["run"], config.train, facts.run, "training.score.evaluate")
+    _require_same(metrics_file, metrics["run"], config.train, facts.run, "training evaluate")
     _require_same(
-        metrics_file, metrics["data_hash"], config.train, facts.data_hash, "training.score.evaluate"
+        metrics_file, metrics["data_hash"], config.train, facts.data_hash, "training evaluate"
     )
     for name, answers in metrics["protocols"].items():
         if missing := {"model", "reliability", "before_temperature"} - set(answers):
             raise ValueError(
                 f"{metrics_file}: no {', '.join(sorted(missing))} under {name}; run python -m "
-                "training.score.evaluate again"
+                "training evaluate again"
             )
     ingest = _read_json(
-        config.ingest, "training.data.ingest", ("source", "data_hash", "num_scans", "counts")
+        config.ingest, "training ingest", ("source", "data_hash", "num_scans", "counts")
     )
-    audit = _read_json(
-        config.audit, "training.data.audit", ("data_hash", "duplicates", "brightness")
-    )
-    split = _read_json(config.split, "training.data.split", ("data_hash", "protocol", "counts"))
+    audit = _read_json(config.audit, "training audit", ("data_hash", "duplicates", "brightness"))
+    split = _read_json(config.split, "training split", ("data_hash", "protocol", "counts"))
     for file, content, command in (
-        (config.audit, audit, "training.data.audit"), (config.split, split, "training.data.split"),
+        (config.audit, audit, "training audit"), (config.split, split, "training split"),
     ):  # fmt: skip
         _require_same(file, content["data_hash"], config.ingest, ingest["data_hash"], command)
-    _require_file(model, "training.learn.fit")
+    _require_file(model, "training fit")
     with model.open("rb") as opened:
         model_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Artefacts(
         facts=facts,
         model_sha256=model_sha256,
         training=training,
-        history=_read_csv(config.train / "history.csv", "training.learn.fit"),
+        history=_read_csv(config.train / "history.csv", "training fit"),
         metrics=metrics,
-        predictions=_read_csv(config.evaluate / "predictions.csv", "training.score.evaluate"),
+        predictions=_read_csv(config.evaluate / "predictions.csv", "training evaluate"),
         audit=audit,
         split=split,
         ingest=ingest,
         parity={name: _parity(Path(folder), facts.run) for name, folder in config.variants.items()},
-        latency=_of_run(config.latency, facts.run, "benchmarks.latency"),
+        latency=_of_run(config.latency, facts.run, "benchmarks latency"),
     )
 
 
@@ -188,13 +184,13 @@ def _parity(folder: Path, run: str) -> dict[str, Any] | str:
     facts_file = folder / "facts.json"
     if not facts_file.is_file() or not (folder / "parity.json").is_file():
         return f"{folder} holds none"
-    of = _facts(facts_file, _read_json(facts_file, "export.convert.onnx")).run
+    of = _facts(facts_file, _read_json(facts_file, "export onnx")).run
     student = folder / "student.json"
     if student.is_file():
-        of = _read_json(student, "training.learn.distill", ("teacher",))["teacher"]
+        of = _read_json(student, "training distill", ("teacher",))["teacher"]
     if of != run:
         return f"{folder} is of run {of}"
-    return _read_json(folder / "parity.json", "export.check.parity", ("holds",))
+    return _read_json(folder / "parity.json", "export parity", ("holds",))
 
 
 def _of_run(file: Path, run: str, command: str) -> dict[str, Any] | str:

@@ -1,7 +1,7 @@
 """Read one command's YAML file into its frozen dataclass, strictly.
 
 The pipeline passes `--overrides data/overrides.yaml`: keys that replace those of a file under
-configs/, by the file's name without suffix. `training.data.ingest` writes it; it is empty unless
+configs/, by the file's name without suffix. `training ingest` writes it; it is empty unless
 the demo asked for its small settings.
 """
 

@@ -48,7 +48,7 @@ class AuditConfig:
     """What is audited and where the findings go.
 
     Attributes:
-        scans: Folder that `training.data.ingest` wrote.
+        scans: Folder that `training ingest` wrote.
         table: Its table, for the data hash.
         output: Folder for audit.json, audit.md and groups.csv.
         near_correlation: Two 32x32 thumbnails at or above it are near duplicates. 0.99 joins

@@ -70,7 +70,7 @@ class IngestConfig:
         labels: Folder name to label, for names that the rule of `label_from_folder` does not fit.
         scans: Folder to write.
         table: JSON to write.
-        phantom_config: Config of `training.data.phantom`.
+        phantom_config: Config of `training phantom`.
         max_download_bytes: 8 GiB: chest CT sets of PNG are below 1 GiB, of DICOM a few.
         max_unpacked_bytes: 32 GiB on disk.
         max_files: A folder of slices has thousands, a bomb has millions.
@@ -125,7 +125,7 @@ class ScanFile:
 
 
 def list_scan_folder(scans: Path) -> list[ScanFile]:
-    """The scans of a folder that `training.data.ingest` wrote, sorted by path.
+    """The scans of a folder that `training ingest` wrote, sorted by path.
 
     Raises:
         ValueError: The folder is missing, holds no scan, or a file outside its two layouts.
@@ -137,9 +137,7 @@ def list_scan_folder(scans: Path) -> list[ScanFile]:
     for path in paths:
         *split, label, _ = ["", *path.split("/")]
         if not label or len(split) > 2:
-            raise ValueError(
-                f"{scans}: {path} is in no class folder; run training.data.ingest again"
-            )
+            raise ValueError(f"{scans}: {path} is in no class folder; run training ingest again")
         found.append(ScanFile(path, split[1] if len(split) == 2 else None, label))
     return found
 
@@ -184,7 +182,7 @@ def read_table(path: Path) -> dict[str, Any] | None:
     """The content of an `ingest.json`; None if there is none.
 
     Raises:
-        ValueError: The file is not what `training.data.ingest` writes.
+        ValueError: The file is not what `training ingest` writes.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))

@@ -43,9 +43,9 @@ class SplitConfig:
     """How scans are dealt.
 
     Attributes:
-        scans: Folder that `training.data.ingest` wrote.
+        scans: Folder that `training ingest` wrote.
         table: Its table, for the data hash.
-        groups: Near-duplicate groups from `training.data.audit`.
+        groups: Near-duplicate groups from `training audit`.
         output: Folder for split.csv and split.json.
         protocol: `official`, `grouped`, or `auto`: official where the source has train, valid
             and test, grouped elsewhere.

@@ -2,7 +2,7 @@
 
 No near duplicate, series or group of a group file lies in two folds, so each scan is answered by
 a network that has seen nothing of its patient that can be known. The answers are kept in one
-table; `training.score.evaluate --protocol grouped` scores them.
+table; `training evaluate --protocol grouped` scores them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = ("path", "label", "group", "fold", "domain_distance", "in_domain")
 
 @dataclass(frozen=True)
 class CrossValidateConfig:
-    """What `training.learn.crossvalidate` is told.
+    """What `training crossvalidate` is told.
 
     Attributes:
         fit: Config of the training that is repeated; its scans are used.
@@ -85,7 +85,7 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
             of_fold = dataclasses.replace(
                 fit_config, split=folder / "split/split.csv", output=folder / "train"
             )
-            # By this tag `training.track.compare` leaves the folds out: no one of them is a
+            # By this tag `training compare` leaves the folds out: no one of them is a
             # candidate.
             with tagged_runs({FOLD_TAG: f"{fold + 1} of {split.folds}"}):
                 _answer_fold(of_fold, folder, fold)

@@ -59,12 +59,12 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What `training.learn.distill` is told.
+    """What `training distill` is told.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
         split: CSV with path, label, split, group; students are taught on its training scans.
-        teacher: Folder that `training.learn.fit` wrote.
+        teacher: Folder that `training fit` wrote.
         fit: The config of that training: its augmented copies are used again, and what it cached
             of them is not computed twice.
         output: Folder for the students, one folder each.

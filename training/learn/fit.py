@@ -61,7 +61,7 @@ Gather = Callable[[Indices, int], npt.NDArray[Any]]  # (scan indices, epoch) to 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What `training.learn.fit` is told.
+    """What `training fit` is told.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.

@@ -1,6 +1,6 @@
 """A small grid of trainings, compared by what they score on the validation scans.
 
-Each point is one `training.learn.fit` in a process of its own, so that one that runs out of memory
+Each point is one `training fit` in a process of its own, so that one that runs out of memory
 or fails does not take the others with it. The test scans are never scored. `dvc exp run` would run
 whole stages of the pipeline for each point and keep every model a second time in its cache.
 """
@@ -39,11 +39,11 @@ GRACE_S = 10
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What `training.learn.sweep` is told.
+    """What `training sweep` is told.
 
     Attributes:
         name: The tag `sweep` of its runs, for `python -m training compare --sweep NAME`.
-        base: Config of `training.learn.fit` for everything that the grid leaves alone.
+        base: Config of `training fit` for everything that the grid leaves alone.
         grid: For each key of that config the values to try; `augmentation.contrast` is a key of a
             mapping in it. Every combination is a point.
         metric: Score on the validation scans by which the points are listed at the end.

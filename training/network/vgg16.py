@@ -211,7 +211,7 @@ def with_temperature(model: keras.Model, temperature: float) -> keras.Model:
 
 
 def load_trained(folder: Path) -> tuple[keras.Model, ModelFacts]:
-    """The Keras model and the facts that `training.learn.fit` wrote into `folder`.
+    """The Keras model and the facts that `training fit` wrote into `folder`.
 
     Raises:
         ValueError: The folder holds no trained model.

@@ -38,14 +38,14 @@ PROTOCOLS = ("official", "grouped", "external", "all")
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What `training.score.evaluate` is told.
+    """What `training evaluate` is told.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
         split: CSV with path, label, split, group.
-        protocol: How the split was made, the record that `training.data.split` writes beside it.
-        model: Folder that `training.learn.fit` wrote.
-        crossvalidate: Config of `training.learn.crossvalidate`, for the grouped protocol.
+        protocol: How the split was made, the record that `training split` writes beside it.
+        model: Folder that `training fit` wrote.
+        crossvalidate: Config of `training crossvalidate`, for the grouped protocol.
         output: Folder for scores and plots.
     """
 
@@ -62,7 +62,7 @@ class Sources:
     """What is scored beside the model's own test split; None leaves it out.
 
     Attributes:
-        grouped: Folder that `training.learn.crossvalidate` wrote.
+        grouped: Folder that `training crossvalidate` wrote.
         external: Folder `CLASS/*` of another source; scored as normal against all else.
         foreign: Folder `KIND/*` of what is no axial chest-CT slice and should be rejected.
         chest: Folders of axial chest-CT slices from elsewhere, which should not.

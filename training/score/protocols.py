@@ -103,7 +103,7 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
     """Every scan, answered by the fold that has not seen its group; and the distinct pictures.
 
     Args:
-        folder: What `training.learn.crossvalidate` wrote.
+        folder: What `training crossvalidate` wrote.
         scans: Folder that its paths are relative to.
         facts: Of any model of the same scans, for the window.
 

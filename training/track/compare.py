@@ -45,12 +45,12 @@ MOST_NAMED = 10  # runs in one line of the notes; --json lists all
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `training.track.compare` is told.
+    """What `training compare` is told.
 
     Attributes:
         protocol: How the scores were taken: `valid` is the written model on the validation scans,
             `last_epoch` the network of the last epoch on the same, and the others are those of
-            `training.score.evaluate`.
+            `training evaluate`.
         metric: One score of it, as MLflow holds it behind the dot: `official.macro_auroc`.
         best: `highest` or `lowest`; `auto` takes `lowest` for losses and errors.
         n: Only runs scored on so many scans; None takes what the newest run was scored on.

@@ -1,7 +1,7 @@
 """The registered versions of the model, which of them is the champion, and how it is fetched.
 
 A version is the folder `model` among the files of a training run: `model.keras`, `facts.json` and
-`history.csv`, plain files (`training.track.mlflow_run` says why no flavour of MLflow). The alias
+`history.csv`, plain files (`training track` says why no flavour of MLflow). The alias
 `champion` names the version to export, `previous` the one that was it before.
 """
 
@@ -48,7 +48,7 @@ def promote(run_id: str, tags: Mapping[str, str]) -> Promotion:
     The champion before becomes `previous`. Promoting the champion again changes its tags alone.
 
     Args:
-        run_id: A finished run of `training.learn.fit`.
+        run_id: A finished run of `training fit`.
         tags: What the version says of itself, beside the model's files.
 
     Raises:
@@ -113,7 +113,7 @@ def model_folder(source: str | Path) -> Path:
     """The folder of a trained model: `source` itself, or a download of what it names.
 
     Args:
-        source: A folder that `training.learn.fit` wrote, or `models:/NAME@ALIAS`,
+        source: A folder that `training fit` wrote, or `models:/NAME@ALIAS`,
             `models:/NAME/VERSION` or `runs:/ID`. A download is kept in `.cache/models`, by run,
             and holds the model, its facts, and of `run.json` what export reads.
 

@@ -95,7 +95,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
-        """Leave the config as `export.publish.repository` wrote it."""
+        """Leave the config as `export repository` wrote it."""
         return auto_complete_model_config
 
     def initialize(self, args: Mapping[str, str]) -> None:

@@ -344,15 +344,15 @@ def test_hostile_names_are_shown_and_not_obeyed(copied):
 @pytest.mark.parametrize(
     ("place", "name", "command"),
     [
-        ("train", "facts.json", "training.learn.fit"),
-        ("train", "run.json", "training.learn.fit"),
-        ("train", "history.csv", "training.learn.fit"),
-        ("train", "model.keras", "training.learn.fit"),
-        ("evaluate", "metrics.json", "training.score.evaluate"),
-        ("evaluate", "predictions.csv", "training.score.evaluate"),
-        ("audit", "", "training.data.audit"),
-        ("split", "", "training.data.split"),
-        ("ingest", "", "training.data.ingest"),
+        ("train", "facts.json", "training fit"),
+        ("train", "run.json", "training fit"),
+        ("train", "history.csv", "training fit"),
+        ("train", "model.keras", "training fit"),
+        ("evaluate", "metrics.json", "training evaluate"),
+        ("evaluate", "predictions.csv", "training evaluate"),
+        ("audit", "", "training audit"),
+        ("split", "", "training split"),
+        ("ingest", "", "training ingest"),
     ],
 )
 def test_missing_record_names_the_command_that_makes_it(copied, place, name, command):
@@ -380,12 +380,12 @@ def test_broken_record_names_the_command_that_makes_it(copied, place, text, mess
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("evaluate/metrics.json", {"run": "b"}, r"is about b, .* run python -m training\.evaluate"),
-        ("evaluate/metrics.json", {"data_hash": "b"}, r"is about b, .* training\.evaluate again"),
-        ("audit.json", {"data_hash": "b"}, r"is about b, .* run python -m training\.audit again"),
-        ("split.json", {"data_hash": "b"}, r"is about b, .* run python -m training\.split again"),
+        ("evaluate/metrics.json", {"run": "b"}, r"is about b, .* run python -m training evaluate"),
+        ("evaluate/metrics.json", {"data_hash": "b"}, r"is about b, .* training evaluate again"),
+        ("audit.json", {"data_hash": "b"}, r"is about b, .* run python -m training audit again"),
+        ("split.json", {"data_hash": "b"}, r"is about b, .* run python -m training split again"),
         ("split.json", {"counts": {"train": {"a": 3}, "valid": {}, "test": {}}},
-         r"trains on 3 scans, run \w+ was trained on 20; run python -m training\.fit"),
+         r"trains on 3 scans, run \w+ was trained on 20; run python -m training fit"),
         ("train/facts.json", {"temperature": "-1"}, r"facts\.json: temperature is -1\.0"),
     ],
 )  # fmt: skip
@@ -606,10 +606,10 @@ def test_model_without_a_card_is_published_and_logged(publishable, tmp_path, cap
 def test_card_of_another_run_is_refused(publishable, written, tmp_path):
     other = tmp_path / "summary.json"
     other.write_text(json.dumps({"run": "b"}))
-    with pytest.raises(ValueError, match=r"card of run b, .* run python -m training\.card again"):
+    with pytest.raises(ValueError, match=r"card of run b, .* run python -m training card again"):
         write_repository(dataclasses.replace(publishable, card=other))
     other.write_text("[]")
-    with pytest.raises(ValueError, match=r"no card; run python -m training\.card again"):
+    with pytest.raises(ValueError, match=r"no card; run python -m training card again"):
         write_repository(dataclasses.replace(publishable, card=other))
     assert not publishable.repository.exists()
 

@@ -240,7 +240,7 @@ def test_missing_scans_end_with_one_line(
 
 def test_scan_that_does_not_decode_names_the_remedy(scans: Path) -> None:
     (scans / "train/a/late.png").write_bytes(b"broken after ingest")
-    with pytest.raises(ValueError, match=r"late\.png: .*run python -m training\.ingest again"):
+    with pytest.raises(ValueError, match=r"late\.png: .*run python -m training ingest again"):
         measure_scans(scans)
 
 

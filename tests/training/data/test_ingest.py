@@ -784,7 +784,7 @@ def test_scan_folder_is_listed_with_split_and_label(tmp_path: Path) -> None:
     written(tmp_path, contents("train/a", "test/b", each=1))
     listed = [(scan.path, scan.split, scan.label) for scan in list_scan_folder(tmp_path)]
     assert listed == [("test/b/0.png", "test", "b"), ("train/a/0.png", "train", "a")]
-    with pytest.raises(ValueError, match=r"no scans; run python -m training\.ingest first"):
+    with pytest.raises(ValueError, match=r"no scans; run python -m training ingest first"):
         list_scan_folder(tmp_path / "nothing")
 
 

@@ -131,7 +131,7 @@ def test_group_file_that_says_nothing_is_refused(tmp_path: Path, text: str, mess
 
 def test_groups_of_other_scans_are_refused(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_text("path,near_dup_group\na/0.png,0\n")
-    with pytest.raises(ValueError, match=r"lists other scans; run python -m training\.audit again"):
+    with pytest.raises(ValueError, match=r"lists other scans; run python -m training audit again"):
         read_near_groups(tmp_path / "groups.csv", [scan("a/1.png")])
     with pytest.raises(ValueError, match="no such file"):
         read_near_groups(tmp_path / "missing.csv", [scan("a/1.png")])

@@ -106,5 +106,5 @@ def test_model_of_other_settings_is_refused(settings, trained, tmp_path):
 
 def test_folder_without_answers_names_the_command(trained, tmp_path):
     facts = load_trained(trained.model)[1]
-    with pytest.raises(ValueError, match=r"run python -m training\.crossvalidate"):
+    with pytest.raises(ValueError, match=r"run python -m training crossvalidate"):
         grouped_protocols(tmp_path, trained.scans, facts)
