@@ -37,7 +37,7 @@ from training.scans import evenly_spread, load_pixels
 logger = logging.getLogger(__name__)
 
 EXACT = f"{MODEL_NAME}_fp32"
-COMPARED = 16  # scans that Keras answers too, evenly spread
+COMPARED = 8  # scans that Keras answers too, evenly spread
 NEXT = """Written:    results/demo/classified.jsonl    one line a scan
             results/evaluate/report.md        scores with intervals and baselines
             results/card/model_card.html      model card, beside it the data card
