@@ -39,7 +39,7 @@ from training.pipeline import Screen, StageFailedError, reproduce, run_step, sta
 logger = logging.getLogger(__name__)
 
 EXACT = f"{MODEL_NAME}_fp32"
-COMPARED = 16  # scans that Keras answers too, evenly spread
+COMPARED = 8  # scans that Keras answers too, evenly spread
 LATENCY = Path("results/benchmark/latency.json")
 NEXT = """Written:    results/demo/classified.jsonl    one line a scan
             results/evaluate/report.md        scores with intervals and baselines

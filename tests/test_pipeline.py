@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from tests.support.checkout import copy_checkout
+
 ANYTHING = (
     "{label_agreement: 0, macro_auroc_drop: 1, accuracy_drop: 1, mean_probability_error: 1, "
     "max_probability_error: 1, median_map_correlation: -1, least_map_correlation: -1, "
@@ -31,26 +31,17 @@ SMALL = {
 }
 STAGES = [
     "ingest", "audit", "split", "train", "evaluate", "export",
-    "quantize", "distill", "compress", "card", "publish", "benchmark",
+    "quantize", "distill", "compress", "card", "publish",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, triton_environment) -> Path:
     """The files that git would carry, with settings for a minute instead of ten."""
-    folder = tmp_path_factory.mktemp("clone") / "project"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=CHECKOUT, check=True, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    for name in filter(None, listed.stdout.split("\0")):
-        if (CHECKOUT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(CHECKOUT / name, folder / name)
+    folder = copy_checkout(tmp_path_factory.mktemp("clone") / "project")
     for name, text in SMALL.items():
         (folder / "configs" / f"{name}.yaml").write_text(text)
     (folder / ".venv-triton").symlink_to(triton_environment)
-    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True, timeout=60)
     return folder
 
 
@@ -71,7 +62,7 @@ def test_pipeline_runs_once_and_then_has_nothing_to_do(clone):
     assert [line.split("'")[1] for line in first.stdout.splitlines() if "Running" in line] == STAGES
     for file in (
         "results/audit/audit.json", "results/split/split.csv", "results/train/model.keras",
-        "results/evaluate/report.md", "results/export/model.onnx", "results/benchmark/latency.json",
+        "results/evaluate/report.md", "results/export/model.onnx",
         "results/compressed/curve.md", "results/card/model_card.html",
         "model_repository/chestct/1/model.onnx",
         "model_repository/chestct_int8/1/model.onnx",
