@@ -27,7 +27,6 @@ SMALL = {
     "distill": "students: {tiny: [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]}\nepochs: 1\n",
     "parity-compressed": f"variant: results/compressed\ngate: {ANYTHING}\n",
     "compress": "num_scans: 8\nrounds: 3\n",
-    "latency": "rounds: {1: 2}\ncold_starts: 0\nmost_scored: 12\n",
 }
 STAGES = [
     "ingest", "audit", "split", "train", "evaluate", "export",
