@@ -11,8 +11,8 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE, PREPARATION, SCAN_SIZE
 from training.cards.model_card import licence_in_words, source_in_words, stated
 from training.cards.run_records import Artefacts, CardConfig
 from training.common.markdown import below, code, plain, table
-from training.data.audit import MOST_LISTED
-from training.data.audit import report as audit_report
+from training.data.audit_report import MOST_LISTED
+from training.data.audit_report import report as audit_report
 
 
 def data_card(found: Artefacts, config: CardConfig) -> str:

@@ -1,4 +1,4 @@
-"""What is wrong with a scan folder before anything is trained on it.
+"""Audit a scan folder before training: duplicates, label conflicts, shortcuts.
 
 Finds exact and near duplicates within and across splits, scans that carry two labels, and two
 shortcuts by which a network could tell the classes apart without looking at the anatomy: the file
@@ -8,36 +8,24 @@ format, and the mean grey of the picture.
 from __future__ import annotations
 
 import csv
-import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
-from chestct.errors import ScanDecodeError
-from chestct.imaging.scan import load_grey
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import load_config
-from training.common.markdown import code, plain, table
 from training.common.metrics import NORMAL, auroc, wilson_interval
+from training.data.audit_report import report
 from training.data.dataset import SPLITS
-from training.data.ingest import ScanFile, list_scan_folder, read_table
-
-THUMBNAIL_PX = 32
-ROWS_AT_ONCE = 1024  # rows of the correlation matrix in memory: 80 MB for 20,000 scans
-MOST_LISTED = 20  # groups written out in the report; audit.json has all of them
+from training.data.duplicates import ScanFacts, group_equal, group_near, measure_scans
+from training.data.ingest import read_table
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -69,149 +57,6 @@ class AuditConfig:
         """
         if not 0 < self.near_correlation <= 1:
             raise ValueError(f"near_correlation is {self.near_correlation}: expected above 0 to 1")
-
-
-@dataclass(frozen=True)
-class ScanFacts:
-    """What the audit measures on each of N scans, in the order of their paths.
-
-    Attributes:
-        files: Path, split and label.
-        formats: Container and mode, such as `PNG RGBA` or `DICOM MONOCHROME2`.
-        sizes: int64 (N, 2), width and height in pixels.
-        file_hashes: SHA-256 of each file.
-        pixel_hashes: MD5 of the decoded grey picture and its shape.
-        mean_grey: float32 (N,), 0 to 255.
-        thumbnails: float32 (N, 1024), 32x32 grey, mean 0 and length 1 (0 if of one grey).
-    """
-
-    files: tuple[ScanFile, ...]
-    formats: tuple[str, ...]
-    sizes: IntArray
-    file_hashes: tuple[str, ...]
-    pixel_hashes: tuple[str, ...]
-    mean_grey: FloatArray
-    thumbnails: FloatArray
-
-    @property
-    def labels(self) -> npt.NDArray[np.str_]:
-        """The label of each scan, (N,)."""
-        return np.array([file.label for file in self.files])
-
-    @property
-    def splits(self) -> npt.NDArray[np.str_]:
-        """The split of each scan, (N,); `all` for a folder without splits."""
-        return np.array([file.split or "all" for file in self.files])
-
-
-def measure_scans(scans: Path) -> ScanFacts:
-    """Decode every scan of a folder once and measure it.
-
-    Raises:
-        ValueError: The folder is missing, empty, or holds a file that does not decode.
-    """
-    files = list_scan_folder(scans)
-    with ThreadPoolExecutor(2) as pool:
-        measured = pool.map(lambda file: _measure(scans / file.path), files)
-        rows = list(tqdm(measured, desc="audit", total=len(files), unit="scan", disable=None))
-    formats, sizes, file_hashes, pixel_hashes, means, thumbnails = zip(*rows, strict=True)
-    pixels = np.array(thumbnails, np.float32)
-    pixels -= pixels.mean(axis=1, keepdims=True)
-    length = np.linalg.norm(pixels, axis=1, keepdims=True)
-    pixels /= np.where(length > 0, length, 1)
-    return ScanFacts(
-        tuple(files),
-        formats,
-        np.array(sizes),
-        file_hashes,
-        pixel_hashes,
-        np.array(means, np.float32),
-        pixels,
-    )
-
-
-def _measure(
-    path: Path,
-) -> tuple[str, tuple[int, int], str, str, float, npt.NDArray[np.uint8]]:
-    data = path.read_bytes()
-    try:
-        grey = load_grey(path)
-    except ScanDecodeError as error:
-        raise ValueError(f"{error}; run python -m training ingest again") from error
-    height, width = grey.shape
-    pixel_hash = hashlib.md5(f"{width}x{height}".encode() + grey.tobytes(), usedforsecurity=False)
-    thumbnail = Image.fromarray(grey).resize(
-        (THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR
-    )
-    return (
-        _format(data),
-        (width, height),
-        hashlib.sha256(data).hexdigest(),
-        pixel_hash.hexdigest(),
-        float(grey.mean()),
-        np.asarray(thumbnail).ravel(),
-    )
-
-
-def _format(data: bytes) -> str:
-    try:
-        with Image.open(BytesIO(data), formats=("PNG", "JPEG")) as picture:
-            return f"{picture.format} {picture.mode}"
-    except OSError:
-        return "DICOM"
-
-
-def group_equal(values: Sequence[str]) -> IntArray:
-    """int64 (N,): the same number for equal values, numbered from 0 by first appearance."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
-
-
-def group_near(thumbnails: FloatArray, minimum: float, *also: IntArray) -> IntArray:
-    """Groups of scans joined by a correlation of at least `minimum`, and by other groupings.
-
-    A group is everything that can be reached from one to the next: its farthest members may
-    correlate less.
-
-    Args:
-        thumbnails: float32 (N, K), rows of mean 0 and length 1: their product is Pearson's r.
-        minimum: Least correlation that joins.
-        also: int64 (N,) group numbers; equal numbers join too.
-
-    Returns:
-        int64 (N,), numbered from 0 by first appearance.
-    """
-    count = len(thumbnails)
-    pairs = []
-    for start in range(0, count, ROWS_AT_ONCE):
-        correlation = thumbnails[start : start + ROWS_AT_ONCE] @ thumbnails.T
-        # One in 1e6 allows for rounding in float32: equal pictures correlate by 1 - 1e-7.
-        pairs.append(np.argwhere(correlation >= minimum - 1e-6) + np.array([start, 0]))
-    return join_groups(count, *also, pairs=np.concatenate(pairs))
-
-
-def join_groups(
-    count: int, *groupings: IntArray, pairs: npt.NDArray[np.integer[Any]] | None = None
-) -> IntArray:
-    """The finest grouping of `count` things that keeps together what any grouping or pair joins.
-
-    Args:
-        count: Number of things.
-        groupings: int64 (count,) each; equal numbers join, negative numbers join nothing.
-        pairs: (M, 2) indices of further joined things.
-
-    Returns:
-        int64 (count,), numbered from 0 by first appearance.
-    """
-    links = [] if pairs is None else [pairs]
-    for grouping in groupings:
-        known = np.flatnonzero(grouping >= 0)
-        _, first, which = np.unique(grouping[known], return_index=True, return_inverse=True)
-        links.append(np.stack([known, known[first][which]], axis=1))
-    both = np.concatenate(links) if links else np.empty((0, 2), np.int64)
-    graph = coo_matrix((np.ones(len(both), bool), (both[:, 0], both[:, 1])), shape=(count, count))
-    _, labels = connected_components(graph, directed=False)
-    return group_equal([str(label) for label in labels])
 
 
 def fit_threshold(scores: FloatArray, positive: npt.NDArray[np.bool_]) -> float:
@@ -402,120 +247,6 @@ def _describe_majority(facts: ScanFacts, near: IntArray) -> dict[str, Any]:
             if mask.any()
         },
     }
-
-
-def report(findings: Mapping[str, Any]) -> str:
-    """The findings as Markdown for people."""
-    lines = ["# Audit of the scans", ""]
-    if findings.get("source"):
-        source, data_hash = code(findings["source"]), code(findings["data_hash"][:16])
-        lines += [f"Source: {source}, data hash {data_hash}.", ""]
-    counts = findings["counts"]
-    labels = sorted({label for by_label in counts.values() for label in by_label})
-    lines += _table(
-        ["split", *map(plain, labels)],
-        [[split, *(by.get(label, 0) for label in labels)] for split, by in counts.items()],
-    )
-    lines += ["## Duplicates", ""]
-    kinds = {
-        "exact_files": "same file",
-        "exact_pixels": "same grey pixels",
-        "near": f"near (32x32 correlation >= {findings['near_correlation']})",
-    }
-    duplicates = findings["duplicates"]
-    head = ("num_distinct", "num_redundant", "num_groups", "num_groups_across_splits")
-    lines += _table(
-        ["kind", "distinct", "redundant", "groups", "groups across splits", "label conflicts"],
-        [
-            [title, *(duplicates[kind][key] for key in (*head, "num_label_conflicts"))]
-            for kind, title in kinds.items()
-        ],
-    )
-    for kind, title in list(kinds.items())[1:]:  # equal files have equal pixels
-        shared = duplicates[kind]["shared"]
-        if any(cell["copied"] for row in shared.values() for cell in row.values()):
-            lines += [f"Scans with a copy in another split, {title}:", ""]
-            lines += _table(
-                ["split", *map(plain, labels)],
-                [
-                    [name, *(_share(row.get(label)) for label in labels)]
-                    for name, row in shared.items()
-                ],
-            )
-    conflicts = duplicates["near"]["label_conflicts"]
-    if conflicts:
-        lines += ["### One picture, two labels", ""]
-        lines += [f"- {', '.join(map(code, paths))}" for paths in conflicts[:MOST_LISTED]]
-        if len(conflicts) > MOST_LISTED:
-            lines.append(f"- and {len(conflicts) - MOST_LISTED} more in audit.json")
-        lines.append("")
-    formats = findings["formats"]
-    names = sorted({name for by in formats["by_label"].values() for name in by})
-    lines += ["## Shortcuts", "", "Format and size:", ""]
-    lines += _table(
-        ["class", *names, "median width", "median height", "mean grey"],
-        [
-            [
-                plain(label),
-                *(by.get(name, 0) for name in names),
-                f"{formats['median_width_px'][label]:.0f}",
-                f"{formats['median_height_px'][label]:.0f}",
-                f"{formats['mean_grey'][label]:.1f}",
-            ]
-            for label, by in formats["by_label"].items()
-        ],
-    )
-    told = formats["label_from_format"]
-    lines += [
-        f"The format alone tells the class of {_percent(told)}, on the scans it was counted on; "
-        f"the most frequent class is {100 * told['majority_accuracy']:.1f}%.",
-        "",
-    ]
-    lines += _report_brightness(findings["brightness"], findings["majority"])
-    return "\n".join(lines)
-
-
-def _report_brightness(brightness: Mapping[str, Any], majority: Mapping[str, Any]) -> list[str]:
-    direction = "brighter" if brightness["brighter"] else "darker"
-    lines = [
-        f"Mean grey: {code(brightness['label'])} if {direction} than "
-        f"{brightness['threshold_grey']:.1f}, fitted on {brightness['fitted_n']} scans:",
-        "",
-    ]
-    rows = []
-    for name, result in brightness["measured"].items():
-        if "not_measured" in result:
-            rows.append([name, "not measured", plain(result["not_measured"]), "", result["n"]])
-            continue
-        rows.append(
-            [
-                name,
-                f"{result['auroc']:.3f}",
-                _percent(result),
-                f"{100 * result['majority_accuracy']:.1f}%",
-                f"{result['n']} ({result['n_positive']} {plain(brightness['label'])})",
-            ]
-        )
-    lines += _table(["measured on", "AUROC", "accuracy", "majority of the two", "n"], rows)
-    lines += [f"Always answering {code(majority['label'])}, among all classes:", ""]
-    lines += _table(
-        ["measured on", "accuracy", "n"],
-        [[name, _percent(result), result["n"]] for name, result in majority["measured"].items()],
-    )
-    return lines
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    return [*table(head, rows), ""]
-
-
-def _share(cell: Mapping[str, int] | None) -> str:
-    return f"{cell['copied']} of {cell['n']}" if cell else "-"
-
-
-def _percent(result: Mapping[str, Any]) -> str:
-    low, high = result["accuracy_95"]
-    return f"{100 * result['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def write_audit(config: AuditConfig) -> dict[str, Any]:

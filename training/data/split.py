@@ -23,8 +23,8 @@ import numpy.typing as npt
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import load_config
-from training.data.audit import group_equal, join_groups
 from training.data.dataset import SPLITS
+from training.data.duplicates import group_equal, join_groups
 from training.data.ingest import ScanFile, list_scan_folder, read_table
 
 PROTOCOLS = ("auto", "official", "grouped")

@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.audit import (
-    AuditConfig,
-    audit,
-    fit_threshold,
-    group_equal,
-    group_near,
-    join_groups,
-    main,
-    measure_scans,
-    report,
-    write_audit,
-)
+from training.data.audit import AuditConfig, audit, fit_threshold, main, write_audit
+from training.data.audit_report import report
+from training.data.duplicates import group_equal, group_near, join_groups, measure_scans
 from training.data.phantom import make_phantom, write_dicom
 
 CHECKOUT = Path(__file__).parents[3]

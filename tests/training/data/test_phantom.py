@@ -14,7 +14,7 @@ from pydicom.uid import UID
 
 from chestct.imaging.scan import load_grey, load_scan
 from training.common.metrics import auroc
-from training.data.audit import measure_scans
+from training.data.duplicates import measure_scans
 from training.data.phantom import (
     LABELS,
     PhantomConfig,
