@@ -42,8 +42,8 @@ test-environments:  ## The same with what the tests and linters add
 	@locks/install.sh main test triton
 
 .PHONY: demo
-demo: export DATA := phantom
-demo: export OVERRIDES := configs/demo.yaml
+demo: override export DATA := phantom
+demo: override export OVERRIDES := configs/demo.yaml
 demo: environments  ## Phantom scans, training, export, a real Triton, classification, latency table
 	@python -m benchmarks demo
 

@@ -34,7 +34,14 @@ from training.common.cli import run_command
 from training.common.config import read_overrides
 from training.data.dataset import evenly_spread, load_pixels
 from training.network.vgg16 import load_trained
-from training.pipeline import Screen, StageFailedError, reproduce, run_step, stage_descriptions
+from training.pipeline import (
+    Screen,
+    StageFailedError,
+    only_run,
+    reproduce,
+    run_step,
+    stage_descriptions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +288,11 @@ def whole(scans: Path, output: Path) -> str:
         training.pipeline.StageFailedError: A stage failed.
     """
     screen = Screen(len(stage_descriptions()) + 2)
+    with only_run(screen):
+        return _whole(screen, scans, output)
+
+
+def _whole(screen: Screen, scans: Path, output: Path) -> str:
     reproduce(screen)
     measure_latency(screen, output / "measured.json")
     summary = output / "summary.txt"

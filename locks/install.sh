@@ -18,10 +18,14 @@ fail() {
 
 # The server's wheel exists for Python 3.11 and 3.12 with numpy < 2, so the project keeps to these.
 find_python() {
-  local candidate version found=() candidates=(python3 python3.12 python3.11)
+  local candidate version found=() candidates=(python3 python3.12 python3.11) said
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
-    version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    if ! version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1); then
+      said=${version##*$'\n'}
+      [ -z "$(command -v "$candidate")" ] || found+=("$candidate fails: $said")
+      continue
+    fi
     case $version in
       3.11 | 3.12)
         "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
@@ -36,7 +40,7 @@ find_python() {
 
 # The lock of this checkout. The kernel lifts it when this process and those that it started end.
 lock() {
-  mkdir -p .cache
+  mkdir -p .cache 2>/dev/null && [ -w .cache ] || fail "$HERE cannot be written by this user"
   exec 9>>.cache/install.lock
   "$BASE" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null && return
   echo "waiting for another make in $HERE" >&2
@@ -94,14 +98,21 @@ get_uv() {
   # Whoever needs others sets uv's own variables.
   hand_on index-url UV_DEFAULT_INDEX
   hand_on cert SSL_CERT_FILE
+  export PIP_INDEX_URL=${PIP_INDEX_URL:-${UV_DEFAULT_INDEX:-}}
+  [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL
+  local cache=${XDG_CACHE_HOME:-${HOME:-}/.cache}/uv
+  if [ -z "${UV_CACHE_DIR:-}" ] && ! { mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null; then
+    export UV_CACHE_DIR=$HERE/.cache/uv
+  fi
   [ "$(cat .tools/.installed 2>/dev/null)" != "$(cat locks/uv.txt)" ] || return 0
   rm -rf .tools
   "$BASE" -m pip --version >/dev/null 2>&1 ||
     fail "$BASE has no pip, which fetches the installer: install python3-pip (on Debian and" \
       "Ubuntu: apt install python3-pip)"
-  if ! log=$("$BASE" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+  if ! log=$(PIP_REQUIRE_VIRTUALENV=0 PIP_USER=0 "$BASE" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
     --require-hashes --target .tools -r locks/uv.txt 2>&1); then
-    fail "pip could not fetch the installer uv: $log"
+    fail "pip could not fetch the installer uv: ${log##*$'\n'}; a mirror is named by PIP_INDEX_URL," \
+      "a proxy by HTTPS_PROXY"
   fi
   cp locks/uv.txt .tools/.installed
 }
@@ -134,6 +145,10 @@ install_main() {
   new "$1"
   add "$1" --require-hashes -r "locks/$DEVICE.txt"
   add "$1" --no-deps --no-build-isolation -e ./client
+  # Relative, so that Python reads it in a folder with umlauts and any locale, and after a move.
+  for pth in "$1"/lib/python3*/site-packages/*chestct*.pth; do
+    if [ -f "$pth" ]; then echo ../../../../client/src >"$pth"; fi
+  done
 }
 
 install_test() {

@@ -368,7 +368,8 @@ def test_real_environments_in_a_folder_with_spaces_behind_a_dead_proxy(
     """Clone, environments from the real locks, a real Triton, the client, DVC."""
     place = tmp_path / "Prüf stand" / "ct demo"
     git(tmp_path, "clone", "--quiet", str(CHECKOUT), str(place))
-    process = start(place, "locks/install.sh", "main", "triton")
+    settings = {"PIP_REQUIRE_VIRTUALENV": "1", "PIP_USER": "1"}
+    process = start(place, "locks/install.sh", "main", "triton", **settings)
     said = "".join(process.communicate(timeout=500))
     assert process.returncode == 0, said
     parameters = "".join(
@@ -383,6 +384,8 @@ def test_real_environments_in_a_folder_with_spaces_behind_a_dead_proxy(
     code, said = finish(start(place, python, "-c", SERVE, **proxies))
     assert code == 0, said
     assert '"run": "run-7"' in said
+    code, said = finish(start(place, python, "-c", "import chestct", LC_ALL="C"))
+    assert code == 0, said
     # Its console script, whose first line cannot name a path with a space.
     code, said = finish(start(place, str(place / ".venv" / "bin" / "dvc"), "status"))
     assert (code, "ingest:" in said) == (0, True), said

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import pty
 import re
-import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +26,7 @@ from training.common.config import load_config
 from training.data.ingest import IngestConfig, choose_overrides, inputs_changed
 
 LOGS = Path("results/logs")
+LOCK = Path(".cache/pipeline.lock")
 RUNNING = re.compile(r"Running stage '([^']+)':")
 UNCHANGED = re.compile(r"Stage '([^']+)' (?:didn't change, skipping|is cached)")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -55,7 +58,11 @@ class Screen:
     @property
     def columns(self) -> int:
         """Characters that a line may have."""
-        return shutil.get_terminal_size().columns
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        return max(columns or 80, 20)
 
     def say(self, text: str) -> None:
         """A line between those of the stages."""
@@ -89,7 +96,9 @@ class Screen:
         self._has_bar = False
 
 
-def output_of(command: Sequence[str], columns: int | None) -> Iterator[tuple[str, bool]]:
+def output_of(
+    command: Sequence[str], columns: int | None
+) -> Generator[tuple[str, bool], None, None]:
     """Run `command`; its output in pieces as (text, whether it ended a line).
 
     With `columns` the command writes to a terminal of that width, so that it shows its progress
@@ -108,21 +117,59 @@ def output_of(command: Sequence[str], columns: int | None) -> Iterator[tuple[str
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(reader, "rb", buffering=0) as output:
         try:
+            # A group of its own, so that it ends with all that it started; the lock is inherited.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=environment
-            )
+                command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=environment,
+                process_group=0, close_fds=False,
+            )  # fmt: skip
         finally:
             os.close(writer)
         try:
             yield from _pieces(output)
-        except BaseException:  # a Ctrl-C has reached the command too, and it tidies up
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        except BaseException:
+            _end_group(process, output)
             raise
         if code := process.wait():
             raise subprocess.CalledProcessError(code, list(command))
+
+
+def _end_group(process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
+    """Interrupt a command with everything that it started; kill what is left after a minute."""
+    threading.Thread(target=lambda: list(_pieces(output)), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(timeout=60)
+            return
+
+
+@contextlib.contextmanager
+def only_run(screen: Screen) -> Iterator[None]:
+    """Wait until no other run works in this checkout, and take SIGTERM and SIGHUP as Ctrl-C.
+
+    The processes of a run inherit the lock: it outlives a run that was killed as long as its
+    stages do.
+
+    Raises:
+        OSError: The lock file cannot be written.
+    """
+    LOCK.parent.mkdir(exist_ok=True)
+    with LOCK.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            screen.say(f"waiting for another run in {Path.cwd()}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
+        before = {
+            number: signal.signal(number, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _pieces(output: IO[bytes]) -> Iterator[tuple[str, bool]]:
@@ -172,25 +219,24 @@ def reproduce(screen: Screen) -> None:
     if inputs_changed(os.environ, config):
         commands.insert(0, [*dvc, "--force", "--single-item", "ingest"])
     seen: set[str] = set()
-    with _Log() as log:
+    with _Log() as log, contextlib.closing(_outputs(commands, screen)) as pieces:
         running = False
         try:
-            for command in commands:
-                for text, is_line in output_of(command, _inner_columns(screen)):
-                    match = UNCHANGED.match(text) or RUNNING.match(text)
-                    if match and match[1] not in seen:
-                        seen.add(match[1])
-                        if running:
-                            screen.end()
-                        running = match.re is RUNNING
-                        screen.begin(match[1], descriptions.get(match[1], ""))
-                        log.name = match[1]
-                        if not running:
-                            screen.end("unchanged")
-                    elif is_line:
-                        log.write(text)
-                    else:
-                        screen.show(text)
+            for text, is_line in pieces:
+                match = UNCHANGED.match(text) or RUNNING.match(text)
+                if match and match[1] not in seen:
+                    seen.add(match[1])
+                    if running:
+                        screen.end()
+                    running = match.re is RUNNING
+                    screen.begin(match[1], descriptions.get(match[1], ""))
+                    log.name = match[1]
+                    if not running:
+                        screen.end("unchanged")
+                elif is_line:
+                    log.write(text)
+                else:
+                    screen.show(text)
         except subprocess.CalledProcessError as error:
             if running:
                 screen.end("failed")
@@ -209,10 +255,10 @@ def run_step(screen: Screen, name: str, what: str, command: Sequence[str]) -> No
     Raises:
         StageFailedError: It failed.
     """
-    with _Log(name) as log:
+    with _Log(name) as log, contextlib.closing(_outputs([command], screen)) as pieces:
         screen.begin(name, what)
         try:
-            for text, is_line in output_of(command, _inner_columns(screen)):
+            for text, is_line in pieces:
                 if is_line:
                     log.write(text)
                 else:
@@ -226,8 +272,14 @@ def run_step(screen: Screen, name: str, what: str, command: Sequence[str]) -> No
         screen.end()
 
 
-def _inner_columns(screen: Screen) -> int | None:
-    return screen.columns - len(INDENT) if screen.is_live else None
+def _outputs(
+    commands: Sequence[Sequence[str]], screen: Screen
+) -> Generator[tuple[str, bool], None, None]:
+    """Output of one command after the other; leaving the loop early ends the one that runs."""
+    for command in commands:
+        columns = screen.columns - len(INDENT) if screen.is_live else None
+        with contextlib.closing(output_of(command, columns)) as pieces:
+            yield from pieces
 
 
 class _Log:
@@ -267,8 +319,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run every stage of the pipeline whose inputs changed."""
     parser = argparse.ArgumentParser(prog="python -m training pipeline", description=main.__doc__)
     parser.parse_args(argv)
+
+    def work() -> None:
+        screen = Screen(len(stage_descriptions()))
+        with only_run(screen):
+            reproduce(screen)
+
     return run_command(
-        lambda: reproduce(Screen(len(stage_descriptions()))),
+        work,
         errors=(StageFailedError,),
         interrupted="interrupted: finished stages are kept; the same command goes on",
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import until
 from training import pipeline
 from training.pipeline import Screen, StageFailedError, output_of, reproduce, run_step
 
@@ -114,3 +117,63 @@ def test_a_bar_that_is_wider_than_the_terminal_is_cut() -> None:
     screen.show("x" * 500)
     longest = max(len(part) for part in shown.getvalue().replace("\x1b", "\n").split("\n"))
     assert longest < 500
+
+
+RUN = (
+    "import sys; from training import pipeline; "
+    "pipeline.inputs_changed = lambda *_: False; sys.exit(pipeline.main([]))"
+)
+WAITS = "import os, time; open('stage', 'w').write(str(os.getpid())); time.sleep(600)\n"
+
+
+def start_run(project: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN], cwd=project, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def runs(process_id: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_stages_end_with_the_run(project: Path, name: str) -> None:
+    (project / "fit.py").write_text(WAITS)
+    run = start_run(project)
+    stage = int(until(lambda: (project / "stage").is_file() and (project / "stage").read_text()))
+    run.send_signal(getattr(signal, name))
+    output, _ = run.communicate(timeout=90)
+    assert run.returncode == 130, output
+    assert "interrupted: finished stages are kept" in output
+    assert not runs(stage)
+
+
+def test_stages_end_when_their_output_cannot_be_written(project: Path) -> None:
+    (project / "fit.py").write_text(WAITS)
+    (project / "results").mkdir()
+    (project / "results" / "logs").write_text("a file where a folder is needed")
+    output, _ = start_run(project).communicate(timeout=90)
+    assert "results/logs" in output
+    assert not (project / "stage").is_file() or not runs(int((project / "stage").read_text()))
+
+
+def test_a_second_run_waits_also_for_the_stages_of_a_killed_one(project: Path) -> None:
+    (project / "fit.py").write_text(WAITS)
+    first = start_run(project)
+    stage = int(until(lambda: (project / "stage").is_file() and (project / "stage").read_text()))
+    first.kill()
+    first.communicate(timeout=90)
+    assert runs(stage)
+    (project / "fit.py").write_text("print('quick')\n")
+    second = start_run(project)
+    assert second.stdout
+    assert second.stdout.readline().startswith("waiting for another run in ")
+    os.kill(stage, signal.SIGKILL)
+    output, _ = second.communicate(timeout=90)
+    assert second.returncode == 0, output
+    assert "train" in output
