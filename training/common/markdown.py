@@ -10,10 +10,12 @@ DEEPEST = 6  # levels of headings in Markdown and HTML
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of a table; a `|` in a cell stays a character of the cell."""
-    return [
-        "| " + " | ".join(str(cell).replace("|", r"\|") for cell in row) + " |"
-        for row in (head, ["---"] * len(head), *rows)
-    ]
+    return [f"| {' | '.join(map(cell, row))} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def cell(text: object) -> str:
+    """Markdown as one cell of a table: a `|` stays a character of the cell."""
+    return str(text).replace("|", r"\|")
 
 
 def plain(text: object) -> str:
