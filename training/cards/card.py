@@ -12,7 +12,7 @@ from typing import Any
 from chestct.contract import MODEL_NAME
 from training.cards.data_card import data_card
 from training.cards.model_card import model_card, summary
-from training.cards.page import page_from_markdown
+from training.cards.rendering import page_from_markdown
 from training.cards.run_records import Artefacts, CardConfig, read_artefacts
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command

@@ -126,6 +126,16 @@ class Artefacts:
         """The protocols on scans of another source."""
         return [name for name in self.protocols if name.startswith("external_")]
 
+    @property
+    def public_source(self) -> str:
+        """The source of the scans without secrets: folders above, queries and passwords."""
+        source = str(self.ingest["source"])
+        if "://" not in source:
+            return source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+        scheme, _, rest = source.partition("://")
+        host, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
 
 def read_artefacts(config: CardConfig) -> Artefacts:
     """All records, of one run on one set of scans.

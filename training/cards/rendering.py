@@ -1,14 +1,36 @@
-"""A Markdown text as one HTML page that needs nothing else: no network, no script, no picture."""
+"""Cards from templates: Markdown, and HTML pages that need no network, script or image."""
 
 from __future__ import annotations
 
+import functools
 import html
 from collections import Counter
+from pathlib import Path
 
+from jinja2 import Environment
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from training.common.markdown import slug
+from training.common.templates import template_environment
+from training.score.report import class_table, interval, side_by_side
+
+
+@functools.cache
+def templates() -> Environment:
+    """The templates of the cards."""
+    return template_environment(
+        Path(__file__).parent / "templates",
+        stated=stated,
+        interval=interval,
+        class_table=lambda scores: "\n".join(class_table(scores)),
+        side_by_side=lambda protocols: "\n".join(side_by_side(protocols)),
+    )
+
+
+def stated(text: str | None) -> str:
+    """A statement of the config on one line."""
+    return " ".join(text.split()) if text else "Not stated."
 
 
 def page_from_markdown(text: str, title: str) -> str:
@@ -26,18 +48,9 @@ def page_from_markdown(text: str, title: str) -> str:
     markdown.disable(["image", "autolink"])
     markdown.validateLink = _leads_within  # type: ignore[method-assign, assignment]
     tokens, contents = _with_anchors(markdown.parse(text))
-    items = "".join(
-        f'<li><a href="#{anchor}">{html.escape(heading)}</a></li>' for anchor, heading in contents
-    )
-    parts = {
-        "@TITLE@": html.escape(title),
-        "@CONTENTS@": items,
-        "@TEXT@": markdown.renderer.render(tokens, markdown.options, {}),
-    }
-    page = PAGE
-    for mark, part in parts.items():
-        page = page.replace(mark, part, 1)
-    return page
+    text = markdown.renderer.render(tokens, markdown.options, {})
+    page = templates().get_template("page.html.j2")
+    return page.render(title=title, contents=contents, text=text)
 
 
 def _leads_within(address: str) -> bool:
@@ -84,46 +97,3 @@ def _with_anchors(tokens: list[Token]) -> tuple[list[Token], list[tuple[str, str
         if token.type == "table_close":
             found.append(Token("html_block", "", 0, content="</div>\n"))
     return found, contents
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>@TITLE@</title>
-<style>
-body { font: 1rem/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 75rem; margin: 0 auto; padding: 1.5rem }
-main > p, main > ul, main > blockquote { max-width: 50rem }
-h1, h2, h3, h4 { line-height: 1.25; margin: 1.6em 0 .5em }
-h2 { border-bottom: 1px solid #767676 }
-a { color: #0645ad }
-blockquote { margin: 1rem 0; padding: .1rem 1rem; border-left: .4rem solid #b30000;
-  font-weight: 600 }
-code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
-nav ul { columns: 16rem; padding-left: 1.2rem }
-div[role="region"] { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: left; vertical-align: top; padding: .3rem .7rem; border: 1px solid #bbb }
-thead th { background: #eee }
-tbody th { font-weight: 600 }
-@media print {
-  body { font-size: 9pt; max-width: none; padding: 0 }
-  nav { display: none }
-  a { color: inherit; text-decoration: none }
-  div[role="region"] { overflow: visible }
-  table { font-size: 8pt; width: 100% }
-  tr { break-inside: avoid }
-  h2, h3, h4 { break-after: avoid }
-}
-</style>
-</head>
-<body>
-<nav aria-label="Contents"><ul>@CONTENTS@</ul></nav>
-<main>
-@TEXT@</main>
-</body>
-</html>
-"""
