@@ -1,4 +1,4 @@
-"""Cards from templates: Markdown, and HTML pages that need no network, script or image."""
+"""Render the cards: templates, and HTML pages that need no network, script or image."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def stated(text: str | None) -> str:
 
 
 def page_from_markdown(text: str, title: str) -> str:
-    """The whole page of a CommonMark text with tables.
+    """The HTML page of a CommonMark text with tables.
 
-    HTML in the text is shown, not obeyed. Headings get the anchors of GitHub, the first cell of
-    each row of a table is its heading, a wide table scrolls by itself, and links between texts
-    (`other.md#part`) become links between their pages. A link that leads elsewhere stays text.
+    HTML in the text is escaped. Headings get GitHub's anchors, the first cell of each row of a
+    table is its heading, and a wide table scrolls by itself. Links between texts (`other.md#part`)
+    become links between their pages; a link that leads elsewhere stays text.
 
     Args:
         text: Markdown.
@@ -46,21 +46,21 @@ def page_from_markdown(text: str, title: str) -> str:
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     markdown.disable(["image", "autolink"])
-    markdown.validateLink = _leads_within  # type: ignore[method-assign, assignment]
+    markdown.validateLink = _is_local  # type: ignore[method-assign, assignment]
     tokens, contents = _with_anchors(markdown.parse(text))
     text = markdown.renderer.render(tokens, markdown.options, {})
     page = templates().get_template("page.html.j2")
     return page.render(title=title, contents=contents, text=text)
 
 
-def _leads_within(address: str) -> bool:
-    """Whether a link leads to a part of this text or of one beside it."""
+def _is_local(address: str) -> bool:
+    """Whether a link points into this text or to a text in the same folder."""
     file, _, _ = address.partition("#")
     return not file or (file.endswith(".md") and "/" not in file and ":" not in file)
 
 
 def _with_anchors(tokens: list[Token]) -> tuple[list[Token], list[tuple[str, str]]]:
-    """The tokens ready for a page, and anchor and text of each heading of the second level."""
+    """The tokens with anchors and table headings, and anchor and text of each `h2`."""
     found: list[Token] = []
     contents: list[tuple[str, str]] = []
     taken: Counter[str] = Counter()

@@ -532,8 +532,8 @@ def test_phantoms_are_called_so(copied):
 
 def test_run_that_the_store_does_not_know_is_said(records):
     text = model_card(read_artefacts(records), records, None)
-    assert "The settings are not in the tracking store that was asked." in text
-    assert "| begun | not recorded |" in text
+    assert "The tracking store holds no settings of this run." in text
+    assert "| started | not recorded |" in text
 
 
 def test_settings_and_commit_come_from_the_store(written, records):
