@@ -89,12 +89,14 @@ def notes(found: Comparison) -> list[str]:
     """Direction, runs that may be equal to the best, tuning on test scans, runs left out."""
     config, best = found.config, found.ranked[0]
     order = "lowest" if config.lower_is_better else "highest"
-    said = [f"{len(found.ranked)} runs by {config.key}, the {order} first"]
+    runs = "1 run" if len(found.ranked) == 1 else f"{len(found.ranked)} runs"
+    said = [f"{runs} by {config.key}, the {order} first"]
     if best.low is not None and best.high is not None:
         inside = sum(best.low <= (row.value or 0.0) <= best.high for row in found.ranked[1:])
         if inside:
+            lie = "lies" if inside == 1 else "lie"
             said.append(
-                f"{inside} of the others lie within the interval of the best: on so few scans "
+                f"{inside} of the others {lie} within the interval of the best: on so few scans "
                 "they may be equal"
             )
     if config.protocol not in ("valid", LAST_EPOCH):
@@ -105,9 +107,9 @@ def notes(found: Comparison) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for row, reason in found.left_out:
         reasons.setdefault(reason, []).append(f"{row.run[:8]} ({row.name})")
-    for reason, runs in reasons.items():
-        more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
-        said.append(f"left out, {reason}: {', '.join(runs[:MOST_NAMED])}{more}")
+    for reason, names in reasons.items():
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        said.append(f"left out, {reason}: {', '.join(names[:MOST_NAMED])}{more}")
     return said
 
 

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
+from PIL import Image
 
 from training.track.compare import main
 from training.track.compare_plots import axis_of, parallel_coordinates, scatter_plots
@@ -133,7 +135,7 @@ def test_table_shows_interval_n_and_the_parameters_that_differ(store, capsys, ca
     # 0.75 lies within 0.74 to 0.90, 0.70 and 0.60 do not.
     assert [line.split(":")[0] for line in caplog.messages] == [
         "4 runs by valid.balanced_accuracy, the highest first",
-        "1 of the others lie within the interval of the best",
+        "1 of the others lies within the interval of the best",
     ]
 
 
@@ -276,7 +278,7 @@ def browser():
         opened.close()
 
 
-def test_page_draws_every_run_without_a_network_and_keeps_some_by_a_drag(written, browser):
+def test_page_draws_runs_without_a_network_filters_by_a_drag_and_saves_pictures(written, browser):
     address = (written / "compare.html").as_uri()
     tab = browser.new_page(viewport={"width": 1400, "height": 1000})
     asked, complaints = [], []
@@ -304,8 +306,13 @@ def test_page_draws_every_run_without_a_network_and_keeps_some_by_a_drag(written
     low, high = sorted(tab.evaluate(kept))
     assert low < 1.5
     assert 2 < high < 4.5
-    tab.close()
     assert asked == [address]
+    for name in ("parallel", "scatter"):
+        tab.hover(f"#{name}")
+        with tab.expect_download() as download:
+            tab.click(f'#{name} [data-title^="Download plot"]')
+        assert np.asarray(Image.open(download.value.path()).convert("L")).std() > 5
+    tab.close()
     assert complaints == []
 
 
