@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from training.track.compare import main
-from training.track.compare_plots import axis_of, parallel_coordinates, scatter_plots
+from training.track.compare_plots import axis_of, parallel_coordinates, scatter_plots, write_page
 from training.track.mlflow_run import EXPERIMENT, FOLD_TAG, tagged_runs, tracked_run
 from training.track.ranking import (
     CompareConfig,
@@ -208,6 +208,7 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.policy = ""
         self.text = ""
+        self._in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -216,17 +217,21 @@ class Page(HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self._in_cell = True
         for name, value in attrs:
             if name in ("src", "href", "xlink:href") and not value.startswith("#"):
                 self.loaded.append(value)
             if (name, value) == ("http-equiv", "Content-Security-Policy"):
                 self.policy = dict(attrs)["content"]
 
+    def handle_endtag(self, tag):
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
     def handle_data(self, data):
         if self.tags[-1:] == ["script"]:
             return
         self.text += data
-        if self.rows and self.rows[-1] and self.tags[-1] in ("td", "th"):
+        if self._in_cell:
             self.rows[-1][-1] += data
 
 
@@ -264,6 +269,18 @@ def test_page_loads_nothing_and_lists_every_run(written, store):
     assert "b" not in page.tags
     assert "<script>alert(1)</script>" in page.text
     assert "Not a medical device" in page.text
+
+
+def test_hostile_values_end_no_script_of_the_page(tmp_path):
+    runs = [
+        Row("a", "one", "FINISHED", "", 0.5, parameters={"x": "</script><img src=y>"}),
+        Row("b", "<img src=z>", "FINISHED", "", 0.4, parameters={"x": "1"}),
+    ]
+    found = Comparison(CompareConfig(), tuple(runs), ())
+    write_page(found, ["<i>"], [["<u>"], *([run.name] for run in runs)], tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    assert not {"img", "i", "u"} & set(page.tags)
+    assert page.rows == [["<u>"], ["one"], ["<img src=z>"]]
 
 
 @pytest.fixture(scope="module")
