@@ -1,4 +1,4 @@
-"""Model card and data card, written from what a run left behind and never by hand."""
+"""Write the model card and the data card of a trained model from its records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from chestct.contract import MODEL_NAME
 from training.cards.data_card import data_card
 from training.cards.model_card import model_card, summary
-from training.cards.page import page_from_markdown
+from training.cards.rendering import page_from_markdown
 from training.cards.run_records import Artefacts, CardConfig, read_artefacts
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
@@ -35,14 +35,14 @@ def write_cards(config: CardConfig) -> dict[str, Any]:
         ValueError: A record is missing, broken, or about another run or other scans.
         OSError: The output cannot be written.
     """
-    found = read_artefacts(config)
-    content = summary(found)
-    with tracked_run("card", found.facts.run) as run:
-        known = run.recorded() if run.run_id == found.facts.run else None
-        _require_split_of_run(found, known, config.split)
+    records = read_artefacts(config)
+    content = summary(records)
+    with tracked_run("card", records.facts.run) as run:
+        known = run.recorded() if run.run_id == records.facts.run else None
+        _require_split_of_run(records, known, config.split)
         texts = {
-            "model_card": (f"Model card: {MODEL_NAME}", model_card(found, config, known)),
-            "data_card": ("Data card", data_card(found, config)),
+            "model_card": (f"Model card: {MODEL_NAME}", model_card(records, config, known)),
+            "data_card": ("Data card", data_card(records, config)),
         }
         with replaced(config.output) as folder:
             folder.mkdir()
@@ -56,16 +56,16 @@ def write_cards(config: CardConfig) -> dict[str, Any]:
     return content
 
 
-def _require_split_of_run(found: Artefacts, known: RunRecord | None, file: Path) -> None:
-    """Refuse a split by which the model was not trained, as far as numbers tell."""
-    trained = sum(found.split["counts"]["train"].values())
+def _require_split_of_run(records: Artefacts, known: RunRecord | None, file: Path) -> None:
+    """Check the split's number of training scans by the run, of test scans by the scores."""
+    trained = sum(records.split["counts"]["train"].values())
     if known and int(known.params.get("data.train", trained)) != trained:
         raise ValueError(
-            f"{file} trains on {trained} scans, run {found.facts.run} was trained on "
+            f"{file} trains on {trained} scans, run {records.facts.run} was trained on "
             f"{known.params['data.train']}; run python -m training fit again"
         )
-    tested = sum(found.split["counts"]["test"].values())
-    own = found.protocols.get("official") or found.protocols.get("grouped_fold")
+    tested = sum(records.split["counts"]["test"].values())
+    own = records.protocols.get("official") or records.protocols.get("grouped_fold")
     if own and own["model"]["n"] != tested:
         raise ValueError(
             f"{file} tests {tested} scans, {own['model']['n']} were scored; run python -m "

@@ -1,4 +1,4 @@
-"""What the earlier stages wrote about one trained model, read and checked against each other."""
+"""Records of one trained model: read the outputs of earlier stages and check that they match."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chestct.contract import ModelFacts
 
 @dataclass(frozen=True)
 class CardConfig:
-    """What `training card` is told.
+    """Settings of `training card`.
 
     Attributes:
         train: Folder that `training fit` wrote.
@@ -23,20 +23,20 @@ class CardConfig:
         audit: Findings of `training audit`.
         split: Record of `training split`.
         ingest: Table of `training ingest`.
-        variants: For each variant the folder of its `facts.json` and `parity.json`; what is not
-            there, or is of another run, is written as not measured.
+        variants: Folder of `facts.json` and `parity.json` by variant. A variant without these
+            files, or of another run, is written as not measured.
         latency: Result of `benchmarks latency`, likewise.
         output: Folder for the cards.
-        worst_scans: So many scans with the largest loss are listed for each protocol.
-        intended_use: For what the model was made, beyond research. This and the rest are facts
-            that no stage can know, in Markdown; None is written as not stated.
+        worst_scans: Number of scans with the largest loss to list for each protocol.
+        intended_use: Purpose of the model, beyond research. This and the rest are statements in
+            Markdown that no record can make; None is written as not stated.
         data_source: Who collected the scans, where, when, and from whom.
         data_licence: Terms under which the scans may be used.
         population: Age, sex, origin and illness of the patients.
-        reference_standard: How, and by whom, it was decided which class a scan has.
+        reference_standard: How, and by whom, the class of a scan was decided.
         ethics: Approval, consent and de-identification.
-        funding: Who paid, and what part they had.
-        contact: Where faults are told.
+        funding: Funders and their role.
+        contact: Where to report faults.
     """
 
     train: Path = Path("results/train")
@@ -100,8 +100,8 @@ class Artefacts:
         audit: Content of `audit.json`.
         split: Content of `split.json`.
         ingest: Content of `ingest.json`.
-        parity: For each variant its parity report, or why there is none.
-        latency: Content of `latency.json`, or why there is none.
+        parity: For each variant its parity report, or the reason why there is none.
+        latency: Content of `latency.json`, or the reason why there is none.
     """
 
     facts: ModelFacts
@@ -126,9 +126,19 @@ class Artefacts:
         """The protocols on scans of another source."""
         return [name for name in self.protocols if name.startswith("external_")]
 
+    @property
+    def public_source(self) -> str:
+        """The source of the scans without secrets: folders above, queries and passwords."""
+        source = str(self.ingest["source"])
+        if "://" not in source:
+            return source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+        scheme, _, rest = source.partition("://")
+        host, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
 
 def read_artefacts(config: CardConfig) -> Artefacts:
-    """All records, of one run on one set of scans.
+    """Read all records and check that they are of one run and one set of scans.
 
     Raises:
         ValueError: A record is missing, broken, or about another run or other scans; the message
@@ -157,10 +167,9 @@ def read_artefacts(config: CardConfig) -> Artefacts:
     )
     audit = _read_json(config.audit, "training audit", ("data_hash", "duplicates", "brightness"))
     split = _read_json(config.split, "training split", ("data_hash", "protocol", "counts"))
-    for file, content, command in (
-        (config.audit, audit, "training audit"), (config.split, split, "training split"),
-    ):  # fmt: skip
-        _require_same(file, content["data_hash"], config.ingest, ingest["data_hash"], command)
+    data_hash = ingest["data_hash"]
+    _require_same(config.audit, audit["data_hash"], config.ingest, data_hash, "training audit")
+    _require_same(config.split, split["data_hash"], config.ingest, data_hash, "training split")
     _require_file(model, "training fit")
     with model.open("rb") as opened:
         model_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -180,23 +189,23 @@ def read_artefacts(config: CardConfig) -> Artefacts:
 
 
 def _parity(folder: Path, run: str) -> dict[str, Any] | str:
-    """The parity report of a variant of the model of `run`, or why there is none."""
+    """The parity report of a variant of the model of `run`, or the reason why there is none."""
     facts_file = folder / "facts.json"
     if not facts_file.is_file() or not (folder / "parity.json").is_file():
-        return f"{folder} holds none"
-    of = _facts(facts_file, _read_json(facts_file, "export onnx")).run
+        return f"{folder} holds no parity report"
+    variant_of = _facts(facts_file, _read_json(facts_file, "export onnx")).run
     student = folder / "student.json"
     if student.is_file():
-        of = _read_json(student, "training distill", ("teacher",))["teacher"]
-    if of != run:
-        return f"{folder} is of run {of}"
+        variant_of = _read_json(student, "training distill", ("teacher",))["teacher"]
+    if variant_of != run:
+        return f"{folder} is of run {variant_of}"
     return _read_json(folder / "parity.json", "export parity", ("holds",))
 
 
 def _of_run(file: Path, run: str, command: str) -> dict[str, Any] | str:
-    """A record that may be missing or of another run, or why it does not count."""
+    """An optional record of `run`, or the reason why there is none."""
     if not file.is_file():
-        return f"{file} is not there"
+        return f"{file} does not exist"
     content = _read_json(file, command, ("run",))
     return content if content["run"] == run else f"{file} is of run {content['run']}"
 

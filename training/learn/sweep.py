@@ -29,8 +29,9 @@ from training.common.atomic_io import write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import config_from_mapping, load_config, plain_settings, read_mapping
 from training.learn.fit import FitConfig, fit
-from training.track.compare import CompareConfig, compare, notes, table, write_comparison
+from training.track.compare import print_comparison
 from training.track.mlflow_run import tagged_runs
+from training.track.ranking import CompareConfig
 
 logger = logging.getLogger(__name__)
 
@@ -224,11 +225,9 @@ def main(argv: list[str] | None = None) -> int:
         failures = sweep(config)
         for failure in failures:
             sys.stderr.write(f"error: {failure}\n")
-        found = compare(CompareConfig(metric=config.metric, sweep=config.name))
-        sys.stdout.write(table(found))
-        for note in notes(found):
-            logger.info("%s", note)
-        write_comparison(found, config.output)
+        print_comparison(
+            CompareConfig(metric=config.metric, sweep=config.name, output=config.output)
+        )
         return 1 if failures else 0
 
     again = "interrupted: run the same command again to go on from the last epoch"

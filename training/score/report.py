@@ -19,7 +19,7 @@ from training.score.shortcuts import report_lines as shortcut_lines
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The scores that stand in the first table and are compared between runs; the last two are errors.
+# Scores of the first table, which are compared between runs; the last two are errors.
 HEADLINE = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -36,7 +36,7 @@ OPERATING_POINTS = {
 
 
 def report(metrics: Mapping[str, Any]) -> str:
-    """The content of `metrics.json` as Markdown, all protocols side by side, then one by one."""
+    """The content of `metrics.json` as Markdown: all protocols side by side, then each alone."""
     protocols = metrics["protocols"]
     lines = ["# Evaluation", "", f"Run `{metrics['run']}`. Intervals: {metrics['intervals']}.", ""]
     lines += side_by_side(protocols)
@@ -47,13 +47,10 @@ def report(metrics: Mapping[str, Any]) -> str:
             for key, text in OPERATING_POINTS.items() if key in answers["model"]
         ]  # fmt: skip
         if points:
-            lines += ["", f"All else against normal, {'; '.join(points)}."]
+            lines += ["", f"All other classes against normal, {'; '.join(points)}."]
         before = answers["before_temperature"]["calibration_error"]
-        after = answers["model"]["calibration_error"]
-        lines += [
-            "",
-            f"Calibration error before temperature {before:.3f}, after {after['value']:.3f}.",
-        ]
+        after = answers["model"]["calibration_error"]["value"]
+        lines += ["", f"Calibration error before temperature {before:.3f}, after {after:.3f}."]
     lines += ["", "## Shortcuts", "", *shortcut_lines(metrics["shortcuts"])]
     if "domain" in metrics:
         lines += ["", "## Out of domain", "", *domain_lines(metrics["domain"])]
@@ -61,7 +58,7 @@ def report(metrics: Mapping[str, Any]) -> str:
 
 
 def side_by_side(protocols: Mapping[str, Any]) -> list[str]:
-    """The scores of all protocols, the model's and those of the baselines, as lines of a table."""
+    """Lines of a table: scores of the model and of the baselines under every protocol."""
     return table(["protocol", "n", "groups", "answered by", *HEADLINE.values()], [
         [plain(protocol), answers[who]["n"], answers[who]["groups"], who,
          *(interval(answers[who].get(key)) for key in HEADLINE)]
@@ -71,12 +68,12 @@ def side_by_side(protocols: Mapping[str, Any]) -> list[str]:
 
 
 def answered_by(answers: Mapping[str, Any]) -> list[str]:
-    """Who answered: the keys of a protocol that hold scores."""
+    """The model and the baselines that were scored under a protocol."""
     return [who for who, found in answers.items() if isinstance(found, dict) and "groups" in found]
 
 
 def class_table(scores: Mapping[str, Any]) -> list[str]:
-    """Sensitivity, specificity and AUROC of each class, as lines of a Markdown table."""
+    """Lines of a table: sensitivity, specificity and AUROC of each class."""
     return table(["class", "n", "groups", "sensitivity", "specificity", "AUROC"], [
         [plain(name), found["n"], found["groups"],
          *(interval(found[key]) for key in ("sensitivity", "specificity", "auroc"))]
@@ -85,7 +82,7 @@ def class_table(scores: Mapping[str, Any]) -> list[str]:
 
 
 def interval(number: Mapping[str, float | None] | None) -> str:
-    """A value with its interval, or a dash where it is undefined; JSON has None for NaN."""
+    """A value with its interval, or a dash where it is undefined (None in JSON, else NaN)."""
     value, low, high = (_defined(number.get(key) if number else None) for key in RANGE)
     if value is None:
         return "-"
@@ -99,7 +96,10 @@ def _defined(number: float | None) -> float | None:
 
 
 def draw_plots(folder: Path, protocols: Sequence[Protocol], metrics: Mapping[str, Any]) -> None:
-    """Confusion, ROC and reliability of each protocol, as PNG; the first without a prefix."""
+    """Write confusion matrix, ROC curves and reliability diagram of each protocol as PNG files.
+
+    The files of the first protocol have no prefix.
+    """
     from matplotlib.figure import Figure
 
     for number, protocol in enumerate(protocols):

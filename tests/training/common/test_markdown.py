@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.cards.page import page_from_markdown
+from training.cards.rendering import page_from_markdown
 from training.common.markdown import below, code, plain, slug, table, visible
 
 HOSTILE = [

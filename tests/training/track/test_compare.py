@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.track.compare import CompareConfig, compare, flattened, main, shortened
-from training.track.compare_plots import scale_of
+from training.track.compare import main
+from training.track.compare_plots import axis_of, parallel_coordinates, scatter_plots, write_page
 from training.track.mlflow_run import EXPERIMENT, FOLD_TAG, tagged_runs, tracked_run
+from training.track.ranking import (
+    CompareConfig,
+    Comparison,
+    Row,
+    flattened,
+    rank_runs,
+    shortened,
+)
 
 pytestmark = pytest.mark.xdist_group("compare")  # its fixtures are made once
 
@@ -80,7 +89,7 @@ def store(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 def names(**config) -> list[str]:
-    return [row.name for row in compare(CompareConfig(**config)).ranked]
+    return [row.name for row in rank_runs(CompareConfig(**config)).ranked]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_the_best_run_is_first(store, config, expected):
 
 
 def test_every_run_left_out_has_its_reason(store):
-    found = compare(CompareConfig())
+    found = rank_runs(CompareConfig())
     assert {row.name: reason for row, reason in found.left_out} == {
         "demo $x^": "scored on 12 scans, not on 72: --n 12 takes those",
         "<script>alert(1)</script>": "no valid.balanced_accuracy",
@@ -126,7 +135,7 @@ def test_table_shows_interval_n_and_the_parameters_that_differ(store, capsys, ca
     # 0.75 lies within 0.74 to 0.90, 0.70 and 0.60 do not.
     assert [line.split(":")[0] for line in caplog.messages] == [
         "4 runs by valid.balanced_accuracy, the highest first",
-        "1 of the others lie within the interval of the best",
+        "1 of the others lies within the interval of the best",
     ]
 
 
@@ -190,21 +199,40 @@ def test_no_store_is_said_without_making_one(monkeypatch, tmp_path, capsys):
 
 
 class Page(HTMLParser):
-    """What a page holds: ids, addresses that a browser would load, and text by tag."""
+    """A page's addresses that a browser would load, its tags, and its text outside of scripts."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.ids: list[str] = []
         self.loaded: list[str] = []
         self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.policy = ""
+        self.text = ""
+        self._in_cell = False
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
         for name, value in attrs:
-            if name == "id":
-                self.ids.append(value)
             if name in ("src", "href", "xlink:href") and not value.startswith("#"):
                 self.loaded.append(value)
+            if (name, value) == ("http-equiv", "Content-Security-Policy"):
+                self.policy = dict(attrs)["content"]
+
+    def handle_endtag(self, tag):
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.tags[-1:] == ["script"]:
+            return
+        self.text += data
+        if self._in_cell:
+            self.rows[-1][-1] += data
 
 
 @pytest.fixture
@@ -213,11 +241,8 @@ def written(store, tmp_path, capsys) -> Path:
     return tmp_path / "out"
 
 
-def test_output_is_one_csv_one_page_and_two_pictures(written):
-    files = ["compare.csv", "compare.html", "parallel.png", "scatter.png"]
-    assert sorted(path.name for path in written.iterdir()) == files
-    for name in ("parallel.png", "scatter.png"):
-        assert np.asarray(Image.open(written / name).convert("L")).std() > 5
+def test_output_is_one_csv_and_one_page(written):
+    assert sorted(path.name for path in written.iterdir()) == ["compare.csv", "compare.html"]
     with (written / "compare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4", "5", "", "", ""]
@@ -226,32 +251,112 @@ def test_output_is_one_csv_one_page_and_two_pictures(written):
     assert rows[-1]["left_out"].startswith("scored on 12")
 
 
-def test_page_loads_nothing_and_shows_every_run_in_every_part(written, store):
+def test_page_loads_nothing_and_lists_every_run(written, store):
     text = (written / "compare.html").read_text()
-    page = Page()
-    page.feed(text)
+    page = Page(text)
     assert page.loaded == []
-    assert set(re.findall(r"https?://[^\"' ]+", text)) <= {
-        "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink",
-    }  # fmt: skip
-    assert "@import" not in text
-    assert "url(h" not in text
-    assert len(text) < 200_000
-    assert len(page.ids) == len(set(page.ids))
-    for run in range(5):
-        parts = {name for name in page.ids if name.startswith(f"run-{run}-")}
-        # Five axes for a run: the three that differ between those of the sweep, and those that
-        # the run "files alone" does not have.
-        assert {f"run-{run}-line", f"run-{run}-wide", f"run-{run}-row"} <= parts
-        assert {f"run-{run}-point-{axis}" for axis in range(4)} <= parts
-    assert page.tags.count("script") == 1
+    assert page.policy.startswith("default-src 'none'; ")
+    assert "http" not in page.policy
+    assert not re.search("https?:", page.text)
+    assert len(text) < 6_000_000
+    header, *rows = page.rows
+    assert header[:6] == ["", "run", "name", "valid balanced_accuracy", "n", "model"]
+    runs = ["two", "<b>four</b>", "one", "three"]
+    assert [row[1:3] for row in rows[:4]] == [[store[run], run] for run in runs]
+    assert rows[0][3:5] == ["0.8000 (0.7400 to 0.9000)", "72"]
+    assert len(rows) == 5
+    assert dict(zip(header, rows[1], strict=True))["augmentation.contrast"] == "0.2"
     assert "b" not in page.tags
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    places = json.loads(re.search(r"const places = (.*);", text)[1])
-    assert len(places) == 5
-    assert all(0 <= place <= 1 for run in places for place in run)
-    assert [run[-1] for run in places] == pytest.approx([1, 5 / 6, 2 / 3, 1 / 3, 0])
-    assert "Not a medical device" in text
+    assert "<script>alert(1)</script>" in page.text
+    assert "Not a medical device" in page.text
+
+
+def test_hostile_values_end_no_script_of_the_page(tmp_path):
+    runs = [
+        Row("a", "one", "FINISHED", "", 0.5, parameters={"x": "</script><img src=y>"}),
+        Row("b", "<img src=z>", "FINISHED", "", 0.4, parameters={"x": "1"}),
+    ]
+    found = Comparison(CompareConfig(), tuple(runs), ())
+    write_page(found, ["<i>"], [["<u>"], *([run.name] for run in runs)], tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    assert not {"img", "i", "u"} & set(page.tags)
+    assert page.rows == [["<u>"], ["one"], ["<img src=z>"]]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if program is None:
+        pytest.skip("no Chromium: install Debian's chromium, or name one with CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def test_page_draws_runs_without_a_network_filters_by_a_drag_and_saves_pictures(written, browser):
+    address = (written / "compare.html").as_uri()
+    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+    asked, complaints = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on(
+        "console",
+        lambda message: complaints.append(message.text) if message.type == "error" else None,
+    )
+    tab.goto(address)
+    tab.wait_for_selector("#parallel .axis-brush")
+    # Rank, the metric, and the parameters that differ: a point a run for each of these.
+    axes = tab.locator("#parallel .axis-title").all_text_contents()
+    assert [axes[0], axes[-1]] == ["rank", "valid balanced_accuracy"]
+    assert {"learning_rate", "augmentation.contrast", "weights.source"} < set(axes)
+    assert tab.locator("#scatter .scatterlayer .point").count() == 5 * (len(axes) - 2)
+    brush = tab.locator("#parallel .axis-brush").first.bounding_box()
+    middle = brush["x"] + brush["width"] / 2
+    tab.mouse.move(middle, brush["y"] + 0.02 * brush["height"])
+    tab.mouse.down()
+    tab.mouse.move(middle, brush["y"] + 0.5 * brush["height"], steps=5)
+    tab.mouse.up()
+    kept = "document.getElementById('parallel').data[0].dimensions[0].constraintrange"
+    tab.wait_for_function(f"{kept} !== undefined")
+    low, high = sorted(tab.evaluate(kept))
+    assert low < 1.5
+    assert 2 < high < 4.5
+    assert asked == [address]
+    for name in ("parallel", "scatter"):
+        tab.hover(f"#{name}")
+        with tab.expect_download() as download:
+            tab.click(f'#{name} [data-title^="Download plot"]')
+        assert np.asarray(Image.open(download.value.path()).convert("L")).std() > 5
+    tab.close()
+    assert complaints == []
+
+
+def test_plots_hold_every_run_and_its_interval(store):
+    found = rank_runs(CompareConfig(sweep="rates"))
+    rank, *axes, metric = parallel_coordinates(found).data[0].dimensions
+    assert rank["values"] == (1, 2, 3, 4)
+    assert metric["values"] == (0.8, 0.75, 0.7, 0.6)
+    assert {axis["label"]: axis["values"] for axis in axes} == {
+        "augmentation.contrast": (0.4, 0.2, 0.2, 0.2),
+        "learning_rate": pytest.approx((-4, -4, -5, -3)),
+        "weights.source": (0, 1, 1, 0),
+    }
+    plots = scatter_plots(found).data
+    assert [plot.x for plot in plots] == [axis["values"] for axis in axes]
+    for plot in plots:
+        assert plot.y == metric["values"]
+        assert plot.error_y.array == pytest.approx([0.1] * 4)
+        assert plot.error_y.arrayminus == pytest.approx([0.06] * 4)
+    assert plots[0].text[1] == "2 &lt;b&gt;four&lt;/b&gt;"
+
+
+def test_dark_lines_are_the_best_runs(store):
+    for metric, dark_is_high in (("balanced_accuracy", True), ("brier", False)):
+        found = rank_runs(CompareConfig(metric=metric))
+        line = parallel_coordinates(found).data[0].line
+        assert line.reversescale is dark_is_high
 
 
 def test_output_beside_other_files_leaves_them(store, tmp_path, capsys):
@@ -262,28 +367,29 @@ def test_output_beside_other_files_leaves_them(store, tmp_path, capsys):
 
 
 def test_numbers_lie_by_size_and_wide_ones_by_their_logarithm():
-    assert scale_of("x", ["1", "3", "2.0"]).at == (0, 1, 0.5)
-    rates = scale_of("x", ["1e-5", "1e-3", "1e-4"])
-    assert rates.at == pytest.approx((0, 1, 0.5))
-    assert [label for _, label in rates.ticks] == ["1e-05", "0.0001", "0.001"]
+    assert axis_of(["1", "3", "2.0"]) == {"values": [1, 3, 2]}
+    assert axis_of(["-1", "0", "100"]) == {"values": [-1, 0, 100]}
+    rates = axis_of(["1e-5", "2e-3", "1e-4"])
+    assert rates["values"] == pytest.approx([-5, -2.699, -4], abs=1e-3)
+    assert rates["range"] == (-5, -2)
+    assert rates["tickvals"] == [-5, -4, -3, -2]
+    assert rates["ticktext"] == ["1e-05", "0.0001", "0.001", "0.01"]
 
 
-def test_many_numbers_get_few_ticks():
-    ticks = scale_of("x", [str(number) for number in range(21)]).ticks
-    assert ticks == ((0, "0"), (0.25, "5"), (0.5, "10"), (0.75, "15"), (1, "20"))
+def test_many_runs_get_few_ticks():
+    runs = tuple(Row(f"{number:032x}", "", "FINISHED", "", 0.5) for number in range(60))
+    found = Comparison(CompareConfig(), runs, ())
+    rank, _ = parallel_coordinates(found).data[0].dimensions
+    assert rank["values"] == tuple(range(1, 61))
+    assert rank["tickvals"] == tuple(range(1, 61, 3))
 
 
 def test_words_and_missing_values_lie_in_alphabetical_order():
-    scale = scale_of("x", ["imagenet", "-", "auto"])
-    assert scale.at == (2.5 / 3, 0.5 / 3, 1.5 / 3)
-    assert [label for _, label in scale.ticks] == ["-", "auto", "imagenet"]
-    assert scale_of("x", ["0.5", "nan"]).at == (0.25, 0.75)
-
-
-def test_one_value_lies_in_the_middle():
-    scale = scale_of("x", ["0.123456789", "0.123456789"])
-    assert scale.at == (0.5, 0.5)
-    assert scale.ticks == ((0.5, "0.1235"),)
+    axis = axis_of(["imagenet", "-", "auto"])
+    assert axis["values"] == [2, 0, 1]
+    assert axis["ticktext"] == ["-", "auto", "imagenet"]
+    assert axis_of(["0.5", "nan"])["ticktext"] == ["0.5", "nan"]
+    assert axis_of(["results/grouped/split/split.csv"])["ticktext"] == ["…split/split.csv"]
 
 
 def test_mappings_become_one_parameter_a_key():
