@@ -62,7 +62,7 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
         ways = {
             "plain": (
                 logits_from(twin, 1, config.dropout),
-                gather_augmented(pixels, config.limits(), config.seed),
+                gather_augmented(pixels, config.augmentation, config.seed),
             ),
             "cached": (
                 logits_from(twin, config.first_trained_block, config.dropout),

@@ -111,7 +111,7 @@ def _split(found: Artefacts) -> list[str]:
         ]
     lines += [
         "",
-        f"{split['num_groups']} groups; {split['dropped_duplicates']} copies were left out.",
+        f"{split['num_groups']} groups.",
         "",
     ]
     return lines + table(["scans with a group member there", "copies", "copies or series"], [

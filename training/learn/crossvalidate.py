@@ -13,12 +13,11 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import predict_outputs, read_split
 from training.data.split import SplitConfig, write_split
 from training.learn.fit import FitConfig, fit, settings_hash
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("path", "label", "group", "fold", "domain_distance", "in_domain")
 
 
-@dataclass(frozen=True)
+@config_class
 class CrossValidateConfig:
     """What `training crossvalidate` is told.
 

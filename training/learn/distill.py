@@ -9,15 +9,16 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from chestct.contract import ModelFacts
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config, plain_settings
+from training.common.config import config_class, load_config, plain_settings
 from training.common.metrics import macro_auroc
 from training.data.dataset import ScanSet, read_split
 from training.learn.fit import (
@@ -57,7 +58,18 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+def _fitting(widths: tuple[int, ...]) -> tuple[int, ...]:
+    if len(widths) != len(VGG16_WIDTHS) or any(
+        not 1 <= width <= full for width, full in zip(widths, VGG16_WIDTHS, strict=True)
+    ):
+        raise ValueError(f"expected 13 whole numbers, at most {list(VGG16_WIDTHS)}")
+    return widths
+
+
+Widths = Annotated[tuple[int, ...], AfterValidator(_fitting)]
+
+
+@config_class
 class DistillConfig:
     """What `training distill` is told.
 
@@ -90,37 +102,16 @@ class DistillConfig:
     fit: Path = Path("configs/train.yaml")
     output: Path = Path("results/students")
     cache: Path = Path(".cache")
-    students: dict[str, Any] = field(default_factory=dict)
-    pruning_scans: int = 128
-    first_trained_block: int = 3
-    epochs: int = 30
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    temperature: float = 2.0
-    map_weight: float = 2.0
-    accepted: float = 0.95
+    students: Annotated[dict[str, Widths], Field(min_length=1)] = field(kw_only=True)
+    pruning_scans: PositiveInt = 128
+    first_trained_block: Annotated[int, Field(ge=1, le=5)] = 3
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
+    temperature: PositiveFloat = 2.0
+    map_weight: NonNegativeFloat = 2.0
+    accepted: Annotated[float, Field(ge=0.5, le=1)] = 0.95
     seed: int = 7
-
-    def __post_init__(self) -> None:
-        """Refuse students that cannot be made.
-
-        Raises:
-            ValueError: No student, widths that are not 13 numbers, or a number out of range.
-        """
-        if not self.students:
-            raise ValueError("students is empty; expected {name: 13 widths}")
-        for name, widths in self.students.items():
-            fits = isinstance(widths, list | tuple) and len(widths) == len(VGG16_WIDTHS)
-            if not fits or any(
-                not isinstance(width, int) or not 1 <= width <= full
-                for width, full in zip(widths, VGG16_WIDTHS, strict=True)
-            ):
-                raise ValueError(
-                    f"student {name!r} has the widths {widths}; expected 13 whole numbers, at most "
-                    f"{list(VGG16_WIDTHS)}"
-                )
-        if self.first_trained_block not in range(1, 6):
-            raise ValueError(f"first_trained_block is {self.first_trained_block}; expected 1 to 5")
 
 
 @dataclass(frozen=True)
@@ -145,7 +136,7 @@ def lessons_of(
     tail = map_from(teacher, fit.first_trained_block)
     lessons = []
     for copy in range(fit.augmented_copies + 1):
-        scans = augmented_copy(train.pixels, copy, fit.limits(), fit.seed)
+        scans = augmented_copy(train.pixels, copy, fit.augmentation, fit.seed)
         title = f"frozen layers, copy {copy} of {fit.augmented_copies}"
         entering = cached_activations(prefix, scans, cache / "activations", title)
         lessons.append(Lesson(scans, predict(tail, entering, f"teacher, copy {copy}")))
@@ -305,7 +296,7 @@ def distill(config: DistillConfig) -> list[Path]:
         with tracked_run(f"student-{name}") as run:
             run.log_params({"widths": list(widths), "teacher": facts.run})
             run.log_params({f"distill.{key}": value for key, value in _settings(config).items()})
-            student = pruned(teacher, tuple(widths), train.pixels[chosen], seed=config.seed)
+            student = pruned(teacher, widths, train.pixels[chosen], seed=config.seed)
             pruned_s = time.monotonic() - started
             history = teach(student, lessons, (valid, valid_maps), config, run, policy)
             final, student_facts = _calibrated(student, facts, train, valid, config, run)

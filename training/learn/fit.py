@@ -13,18 +13,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, PositiveFloat
 from tqdm import tqdm
 
 from chestct.contract import LUNG_WINDOW, ModelFacts, Window
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config, plain_settings
+from training.common.config import Share, config_class, load_config, plain_settings
 from training.common.metrics import score
 from training.data.dataset import ScanSet, read_split
 from training.network.activation_cache import Activations, augmented_copy, cached_activations
@@ -59,7 +59,7 @@ Indices = npt.NDArray[np.int64]
 Gather = Callable[[Indices, int], npt.NDArray[Any]]  # (scan indices, epoch) to training input
 
 
-@dataclass(frozen=True)
+@config_class
 class FitConfig:
     """What `training fit` is told.
 
@@ -84,7 +84,7 @@ class FitConfig:
         label_smoothing: Share of the target spread over all classes.
         augmented_copies: Copies of the training set beside the original; each epoch takes the
             next. On the CPU they pass the frozen layers once, before phase two.
-        augmentation: Limits of the random changes, the fields of `Augmentation`.
+        augmentation: Limits of the random changes.
         frozen_layers: `cached` (activations on disk), `direct` (every epoch anew, every scan
             augmented anew), `auto` = cached on a CPU, direct on a GPU.
         mixed_precision: Compute frozen layers and phase two in half precision where that is
@@ -101,65 +101,24 @@ class FitConfig:
     output: Path = Path("results/train")
     cache: Path = Path(".cache")
     weights: str = "auto"
-    first_trained_block: int = 5
-    epochs: int = 12
-    patience: int = 12
-    averaged_epochs: int = 6
-    batch_size: int = 8
-    learning_rate: float = 5e-5
-    head_regularisation: float = 0.1
-    dropout: float = 0.3
-    class_weighting: float = 0.5
-    label_smoothing: float = 0.05
-    augmented_copies: int = 5
-    augmentation: dict[str, float] = field(default_factory=dict)
-    frozen_layers: str = "auto"
+    first_trained_block: Annotated[int, Field(ge=2, le=6)] = 5
+    epochs: Annotated[int, Field(ge=0, le=10_000)] = 12
+    patience: Annotated[int, Field(ge=1, le=10_000)] = 12
+    averaged_epochs: Annotated[int, Field(ge=1, le=100)] = 6
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-5
+    head_regularisation: PositiveFloat = 0.1
+    dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.3
+    class_weighting: Share = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    augmented_copies: Annotated[int, Field(ge=0, le=100)] = 5
+    augmentation: Augmentation = Augmentation()
+    frozen_layers: Literal["auto", "cached", "direct"] = "auto"
     mixed_precision: bool = True
-    accepted: float = 0.95
+    accepted: Annotated[float, Field(ge=0.5, le=1)] = 0.95
     window_center_hu: float = LUNG_WINDOW.center_hu
-    window_width_hu: float = LUNG_WINDOW.width_hu
+    window_width_hu: Annotated[float, Field(ge=1)] = LUNG_WINDOW.width_hu
     seed: int = 7
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that cannot be meant.
-
-        Raises:
-            ValueError: A value outside its range; the message names it.
-        """
-        ranges: list[tuple[str, float, float]] = [
-            ("first_trained_block", 2, 6),
-            ("epochs", 0, 10_000),
-            ("patience", 1, 10_000),
-            ("averaged_epochs", 1, 100),
-            ("batch_size", 1, 4096),
-            ("learning_rate", 1e-9, 1),
-            ("head_regularisation", 1e-9, 1e9),
-            ("dropout", 0, 0.95),
-            ("class_weighting", 0, 1),
-            ("label_smoothing", 0, 0.5),
-            ("augmented_copies", 0, 100),
-            ("accepted", 0.5, 1),
-        ]
-        for name, low, high in ranges:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; expected {low} to {high}")
-        if self.frozen_layers not in ("auto", "cached", "direct"):
-            raise ValueError(
-                f"frozen_layers is {self.frozen_layers!r}; expected auto, cached or direct"
-            )
-        self.limits()
-        self.window()
-
-    def limits(self) -> Augmentation:
-        """The augmentation as its own type."""
-        try:
-            return Augmentation(**self.augmentation)
-        except TypeError as error:
-            allowed = [item.name for item in dataclasses.fields(Augmentation)]
-            raise ValueError(
-                f"augmentation {self.augmentation}: allowed keys are {allowed}"
-            ) from error
 
     def window(self) -> Window:
         """The window as its own type."""
@@ -271,7 +230,7 @@ def _train(
     else:
         entrance = 1
         train_input, valid_input = train.pixels, valid.pixels
-        gather = gather_augmented(train.pixels, config.limits(), config.seed)
+        gather = gather_augmented(train.pixels, config.augmentation, config.seed)
     num_classes = len(train.names)
     if not state.history:
         features = predict(pooled_features(model, entrance), train_input, "phase one: features")
@@ -320,7 +279,7 @@ def _cached_inputs(
     copies = [
         cached_activations(
             prefix,
-            augmented_copy(train.pixels, copy, config.limits(), config.seed),
+            augmented_copy(train.pixels, copy, config.augmentation, config.seed),
             folder,
             f"frozen layers, copy {copy} of {config.augmented_copies}",
         )

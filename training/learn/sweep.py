@@ -23,11 +23,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from training.common.atomic_io import write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import config_from_mapping, load_config, plain_settings, read_mapping
+from training.common.config import (
+    Name,
+    config_class,
+    config_from_mapping,
+    load_config,
+    plain_settings,
+    read_mapping,
+)
 from training.learn.fit import FitConfig, fit
 from training.track.compare import CompareConfig, compare, notes, table, write_comparison
 from training.track.mlflow_run import tagged_runs
@@ -35,9 +44,10 @@ from training.track.mlflow_run import tagged_runs
 logger = logging.getLogger(__name__)
 
 GRACE_S = 10
+Values = Annotated[list[Any], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@config_class
 class SweepConfig:
     """What `training sweep` is told.
 
@@ -50,25 +60,20 @@ class SweepConfig:
         output: Folder for one folder a point, and for the comparison.
     """
 
-    name: str = "sweep"
+    name: Name = "sweep"
     base: Path = Path("configs/train.yaml")
-    grid: dict[str, Any] = field(default_factory=dict)
-    metric: str = "balanced_accuracy"
+    grid: Annotated[dict[str, Values], Field(min_length=1)] = field(kw_only=True)
+    metric: Name = "balanced_accuracy"
     output: Path = Path("results/sweep")
 
     def __post_init__(self) -> None:
-        """Refuse a grid without values, and names that cannot be searched for.
+        """Refuse to try folders.
 
         Raises:
-            ValueError: The message names the key.
+            ValueError: The grid names a folder.
         """
-        CompareConfig(metric=self.metric, sweep=self.name)
-        if not self.grid:
-            raise ValueError("grid is empty; expected for example {dropout: [0.3, 0.5]}")
-        for key, values in self.grid.items():
-            if not isinstance(values, list) or not values:
-                raise ValueError(f"grid: {key} is {values!r}; expected a list of values")
-            if key in ("output", "cache"):
+        for key in ("output", "cache"):
+            if key in self.grid:
                 raise ValueError(f"grid: {key} says where files are kept; expected what decides")
 
 

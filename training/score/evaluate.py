@@ -14,7 +14,7 @@ from typing import Any
 
 from training.common.atomic_io import replaced, without_nan, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import predict_outputs, read_split
 from training.data.split import SplitConfig
 from training.learn.crossvalidate import CrossValidateConfig, cross_validate
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = ("official", "grouped", "external", "all")
 
 
-@dataclass(frozen=True)
+@config_class
 class EvaluateConfig:
     """What `training evaluate` is told.
 

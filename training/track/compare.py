@@ -12,16 +12,16 @@ import csv
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from training.common.atomic_io import replaced
 from training.common.cli import run_command
+from training.common.config import Name, config_class
 from training.track.mlflow_run import (
     EXPERIMENT,
     FOLD_TAG,
@@ -43,7 +43,7 @@ NOT_LOGGED = "-"
 MOST_NAMED = 10  # runs in one line of the notes; --json lists all
 
 
-@dataclass(frozen=True)
+@config_class
 class CompareConfig:
     """What `training compare` is told.
 
@@ -58,23 +58,12 @@ class CompareConfig:
         output: Folder for `compare.csv`, `compare.html` and two pictures.
     """
 
-    protocol: str = "valid"
-    metric: str = "balanced_accuracy"
-    best: str = "auto"
+    protocol: Name = "valid"
+    metric: Name = "balanced_accuracy"
+    best: Literal["auto", "highest", "lowest"] = "auto"
     n: int | None = None
-    sweep: str | None = None
+    sweep: Name | None = None
     output: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse names that MLflow would not search for.
-
-        Raises:
-            ValueError: A name with other characters.
-        """
-        for key in ("protocol", "metric", "sweep"):
-            name = getattr(self, key)
-            if name is not None and not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"{key} is {name!r}; expected letters, digits, . _ -")
 
     @property
     def key(self) -> str:
@@ -448,8 +437,8 @@ def main(argv: list[str] | None = None) -> int:
             return
         found = compare(
             CompareConfig(
-                arguments.protocol, arguments.metric, arguments.best, arguments.n,
-                arguments.sweep, arguments.output,
+                protocol=arguments.protocol, metric=arguments.metric, best=arguments.best,
+                n=arguments.n, sweep=arguments.sweep, output=arguments.output,
             )
         )  # fmt: skip
         if arguments.json:
