@@ -1,8 +1,8 @@
-"""The same training once for each fold of the grouped dealing, every scan answered by a stranger.
+"""Grouped cross-validation: out-of-fold predictions of the training's settings.
 
-No near duplicate, series or group of a group file lies in two folds, so each scan is answered by
-a network that has seen nothing of its patient that can be known. The answers are kept in one
-table; `training evaluate --protocol grouped` scores them.
+No near duplicate, series or group of a group file lies in two folds: each scan is predicted by a
+network that has seen no known relative of it. `training evaluate --protocol grouped` scores the
+predictions, which are kept in one table.
 """
 
 from __future__ import annotations
@@ -63,15 +63,17 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
         chestct.errors.ScanDecodeError: A scan cannot be read.
         OSError: The output cannot be written.
     """
+    record_file = config.output / "crossvalidate.json"
+    record_file.unlink(missing_ok=True)  # what is not complete must not be evaluated
     rows: list[list[str]] = []
     records = []
     names: list[str] = []
     for fold in range(split.folds):
         folder = config.output / f"fold-{fold}"
-        dealt = dataclasses.replace(
+        of_split = dataclasses.replace(
             split, protocol="grouped", fold=fold, scans=fit_config.scans, output=folder / "split"
         )
-        facts = write_split(dealt)
+        facts = write_split(of_split)
         key = {
             "settings": settings_hash(fit_config),
             "split": hashlib.sha256((folder / "split/split.csv").read_bytes()).hexdigest(),
@@ -101,7 +103,7 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
     ):
         csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *names], *rows])
     write_json(
-        config.output / "crossvalidate.json",
+        record_file,
         {"settings": settings_hash(fit_config), "folds": records, "seed": split.seed},
     )
     return config.output / "answers.csv"
