@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,14 +20,16 @@ from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config, plain_settings
 from training.common.metrics import macro_auroc
 from training.data.dataset import ScanSet, read_split
-from training.learn.fit import (
-    FitConfig,
+from training.learn.fit import FitConfig
+from training.learn.resumable import write_history
+from training.learn.trainer import (
     cosine_decay,
     dtype_policy,
+    epoch_batches,
     head_logits,
+    in_turn,
     predict,
     trainable_twin,
-    write_history,
 )
 from training.network.activation_cache import Activations, augmented_copy, cached_activations
 from training.network.calibrate import (
@@ -162,33 +163,6 @@ def distillation_loss(temperature: float, map_weight: float, map_scale: float) -
     return loss
 
 
-def batches_of(
-    inputs: Activations | npt.NDArray[np.uint8],
-    maps: Floats,
-    order: npt.NDArray[np.int64],
-    batch_size: int,
-) -> Any:
-    """One epoch for `keras.Model.fit`: (input, map) a batch.
-
-    Args:
-        inputs: (N, ...), what the trained part of the student reads.
-        maps: float32 (N, 14, 14, C), the teacher's.
-        order: int64 (N,), the scans in the order in which batches are filled.
-        batch_size: Scans in a batch; the last one holds what is left.
-    """
-    import keras
-
-    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-        def __len__(self) -> int:
-            return math.ceil(len(order) / batch_size)
-
-        def __getitem__(self, index: int) -> tuple[Any, Any]:
-            chosen = order[index * batch_size : (index + 1) * batch_size]
-            return inputs[chosen], maps[chosen]
-
-    return Batches(workers=1)
-
-
 def teach(
     student: keras.Model,
     lessons: list[Lesson],
@@ -233,11 +207,15 @@ def teach(
     history = [{"epoch": 0} | _scores(trainer, valid_shown, valid_set, valid_maps)]
     run.log_metrics(history[0], step=0)
     for epoch in range(1, config.epochs + 1):
-        lesson = epoch % len(lessons)
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(shown[lesson]))
         trainer.optimizer.learning_rate = config.learning_rate * cosine_decay(epoch, config.epochs)
         fitted = trainer.fit(
-            batches_of(shown[lesson], lessons[lesson].maps, order, config.batch_size),
+            epoch_batches(
+                in_turn(shown, epoch),
+                in_turn(lessons, epoch).maps,
+                epoch=epoch,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            ),
             shuffle=False,
             verbose="auto" if sys.stderr.isatty() else 0,
         )
