@@ -253,6 +253,27 @@ def bootstrap_interval(
     return bootstrap_intervals(one, predictions, truth, groups, seed)["statistic"]
 
 
+def with_intervals(
+    statistics: Mapping[str, Statistic], values: Floats, truth: Any, groups: Labels
+) -> dict[str, dict[str, float]]:
+    """{value, low, high} of each statistic, see `bootstrap_intervals`."""
+    intervals = bootstrap_intervals(statistics, values, truth, groups)
+    return {
+        key: {"value": statistic(values, truth), "low": low, "high": high}
+        for (key, statistic), (low, high) in zip(
+            statistics.items(), intervals.values(), strict=True
+        )
+    }
+
+
+def mean_with_interval(values: Floats, groups: Labels) -> dict[str, float]:
+    """Mean of (N,) with its interval over groups; NaN where fewer than two groups leave none."""
+    if len(np.unique(groups)) < 2:
+        value = float(values.mean()) if len(values) else math.nan
+        return {"value": value, "low": math.nan, "high": math.nan}
+    return with_intervals({"mean": mean_value}, values, groups, groups)["mean"]
+
+
 def confusion(probabilities: Floats, labels: Labels) -> npt.NDArray[np.int64]:
     """Counts int64 (C, C), rows = true class, columns = predicted class."""
     num_classes = probabilities.shape[1]

@@ -27,7 +27,7 @@ from training.score.protocols import (
     read_cross_validation,
 )
 from training.score.report import HEADLINE, draw_plots, report
-from training.score.shortcuts import check_shortcuts
+from training.score.shortcuts.report import check_shortcuts
 from training.track.mlflow_run import tracked_run
 
 logger = logging.getLogger(__name__)
