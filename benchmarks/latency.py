@@ -62,7 +62,7 @@ METHOD = (
 
 @config_class
 class LatencyConfig(MeasuredConfig):
-    """What `benchmarks latency` is told.
+    """Settings of `benchmarks latency`.
 
     Attributes:
         curve: What `export compress` tried, drawn into the plot where it is there.

@@ -71,7 +71,7 @@ Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 @config_class
 class ThroughputConfig(MeasuredConfig):
-    """What `benchmarks throughput` is told.
+    """Settings of `benchmarks throughput`.
 
     Attributes:
         concurrency: Requests in flight.

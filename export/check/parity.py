@@ -557,7 +557,7 @@ EngineName = Annotated[str, Field(pattern=f"^({'|'.join(ENGINES)})$")]
 
 @config_class
 class ParityConfig:
-    """What `export parity` is told.
+    """Settings of `export parity`.
 
     Attributes:
         variant: Folder with `model.onnx` and `facts.json`, whose precision says how it is judged;

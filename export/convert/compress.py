@@ -46,7 +46,7 @@ SPLITS = ("valid", "test")
 
 @config_class
 class CompressConfig:
-    """What `export compress` is told.
+    """Settings of `export compress`.
 
     Attributes:
         students: Folder that `training distill` wrote.

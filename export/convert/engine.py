@@ -41,7 +41,7 @@ INTEGER_OPERATORS = frozenset(
 
 @config_class
 class EngineConfig:
-    """What `export engine` is told.
+    """Settings of `export engine`.
 
     Attributes:
         onnx: The exported model, its `facts.json` beside it; for int8 one with Q/DQ nodes.

@@ -39,7 +39,7 @@ TRITON_DTYPES = {1: "FP32", 2: "UINT8", 6: "INT32", 7: "INT64", 10: "FP16", 11: 
 
 @config_class
 class OnnxConfig:
-    """What `export onnx` is told.
+    """Settings of `export onnx`.
 
     Attributes:
         model: Folder that `training fit` wrote, or `models:/chestct@champion` and the like

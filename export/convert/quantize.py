@@ -53,7 +53,7 @@ TENSORRT_STEPS = 127  # and in TensorRT, which has signed activations only, 0 to
 
 @config_class
 class QuantizeConfig:
-    """What `export quantize` is told.
+    """Settings of `export quantize`.
 
     Attributes:
         source: Variant folder with the FP32 `model.onnx` and its `facts.json`.

@@ -133,7 +133,7 @@ class VariantConfig:
 
 @config_class
 class ServeConfig(Settings):
-    """What `export repository` is told: which variants are served, and by which engine.
+    """Settings of `export repository`: which variants are served, and by which engine.
 
     Attributes:
         variants: What is published, by name.

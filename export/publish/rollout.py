@@ -74,7 +74,7 @@ LOOSE = Tolerance(
 
 @config_class
 class RolloutConfig:
-    """What `export rollout` is told.
+    """Settings of `export rollout`.
 
     Attributes:
         repository: Triton's model repository, which the server reads too.

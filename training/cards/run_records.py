@@ -20,7 +20,7 @@ Statement = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1
 
 @config_class
 class CardConfig:
-    """What `training card` is told.
+    """Settings of `training card`.
 
     Attributes:
         train: Folder that `training fit` wrote.

@@ -1,4 +1,4 @@
-"""What every command does around its work: arguments, log, and one line for a user's mistake."""
+"""Entry point of every command: arguments, log, and one line for a user's mistake."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from training.common.atomic_io import write_yaml
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path("configs")
-# What pydantic says, in terms of YAML.
+# Patterns in pydantic's messages, and their replacements in terms of YAML.
 PLAIN_WORDS = {
     r"^\w+ should (be |have |match )?": "",
     r" after validation, not \d+$": "",
@@ -133,7 +133,7 @@ def config_from_mapping(cls: type[Config], raw: Mapping[str, Any], path: Path) -
 
 
 def in_one_line(error: ValidationError, cls: Any = None) -> str:
-    """What is wrong with a config: "KEY is VALUE: expected ...", for each key of the file once.
+    """Format a validation error as "KEY is VALUE: expected ...", once for each key of the file.
 
     Args:
         error: From a config class.

@@ -1,4 +1,4 @@
-"""Scores of a classifier with their intervals, as pure functions of probabilities and labels."""
+"""Classification metrics with 95 % intervals, as pure functions of arrays."""
 
 from __future__ import annotations
 

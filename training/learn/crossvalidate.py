@@ -31,11 +31,11 @@ COLUMNS = ("path", "label", "group", "fold", "domain_distance", "in_domain")
 
 @config_class
 class CrossValidateConfig:
-    """What `training crossvalidate` is told.
+    """Settings of `training crossvalidate`.
 
     Attributes:
         fit: Config of the training that is repeated; its scans are used.
-        split: Config of the grouped dealing; its number of folds and its seed are used.
+        split: Config of the grouped split; its number of folds and its seed are used.
         output: Folder for one folder a fold, answers.csv and crossvalidate.json.
     """
 
@@ -45,14 +45,14 @@ class CrossValidateConfig:
 
 
 def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: SplitConfig) -> Path:
-    """Train on all folds but one, answer that one, for each fold; the table of all answers.
+    """Train on all folds but one and predict that one, for each fold.
 
     A fold that is done is not done again, and an interrupted one goes on from its last epoch.
 
     Args:
         config: Output folder.
         fit_config: The training; its split and output are replaced.
-        split: The dealing; protocol and fold are replaced.
+        split: The split; protocol and fold are replaced.
 
     Returns:
         Path of answers.csv: path, label, group, fold, domain_distance, in_domain, and one column
@@ -130,7 +130,7 @@ def _answer_fold(config: FitConfig, folder: Path, fold: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and answer every fold of the grouped dealing."""
+    """Train on all folds but one and predict that one, for each fold."""
     parser = command_parser("training crossvalidate", main.__doc__, "configs/crossvalidate.yaml")
     parser.add_argument("--fit", type=Path, help="instead of the config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")

@@ -1,4 +1,4 @@
-"""Narrow students of the trained network: pruned, then taught its answers. Each is a run."""
+"""Distill narrow students: prune the trained network, then train on its outputs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ Widths = Annotated[tuple[int, ...], AfterValidator(_fitting)]
 
 @config_class
 class DistillConfig:
-    """What `training distill` is told.
+    """Settings of `training distill`.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
@@ -117,7 +117,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student is shown in one epoch.
+    """Input and target of one epoch.
 
     Attributes:
         scans: uint8 (N, 224, 224, 1).
@@ -318,7 +318,7 @@ def _calibrated(
 
 
 def _settings(config: DistillConfig) -> dict[str, Any]:
-    """What decides a student, but for its widths."""
+    """The settings that decide the result, but for the widths."""
     return plain_settings(config, without=("output", "cache", "students"))
 
 

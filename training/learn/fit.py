@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 @config_class
 class FitConfig:
-    """What `training fit` is told.
+    """Settings of `training fit`.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
@@ -317,7 +317,7 @@ def settings_hash(config: FitConfig) -> str:
 
 
 def _settings(config: FitConfig) -> dict[str, Any]:
-    """What decides the result: all of the config but where files are kept."""
+    """The settings that decide the result: all but where files are kept."""
     return plain_settings(config, without=("output", "cache"))
 
 

@@ -1,4 +1,4 @@
-"""A small grid of trainings, compared by what they score on the validation scans.
+"""Grid search over training settings, ranked by scores on the validation scans.
 
 Each point is one `training fit` in a process of its own, so that one that runs out of memory
 or fails does not take the others with it. The test scans are never scored. `dvc exp run` would run
@@ -49,7 +49,7 @@ Values = Annotated[list[Any], Field(min_length=1)]
 
 @config_class
 class SweepConfig:
-    """What `training sweep` is told.
+    """Settings of `training sweep`.
 
     Attributes:
         name: The tag `sweep` of its runs, for `python -m training compare --sweep NAME`.
@@ -185,7 +185,7 @@ def sweep(config: SweepConfig) -> list[str]:
 
 
 def _trained_apart(point: Point, tags: Mapping[str, str]) -> str | None:
-    """Train in a process of its own; what went wrong, in words."""
+    """Train in a process of its own; returns the reason of a failure."""
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_train, args=(point.fit, tags))
     process.start()

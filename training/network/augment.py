@@ -1,4 +1,4 @@
-"""Random changes that a chest-CT slice may undergo without becoming another class."""
+"""Random augmentation of chest-CT slices: geometry, contrast and brightness."""
 
 from __future__ import annotations
 

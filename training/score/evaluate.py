@@ -37,7 +37,7 @@ PROTOCOLS = ("official", "grouped", "external", "all")
 
 @config_class
 class EvaluateConfig:
-    """What `training evaluate` is told.
+    """Settings of `training evaluate`.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
@@ -58,7 +58,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Sources:
-    """What is scored beside the model's own test split; None leaves it out.
+    """Data scored beside the model's own test split; None leaves it out.
 
     Attributes:
         grouped: Folder that `training crossvalidate` wrote.

@@ -1,4 +1,4 @@
-"""Who answered which scans after having seen what: the protocols under which a model is scored.
+"""Evaluation protocols: which scans are scored, and what the model has seen of them.
 
 A score means something only together with its protocol. Each one holds scans, the answers of the
 model and those of the baselines, which were fitted on the same training scans as the model.
@@ -89,7 +89,7 @@ def official_protocols(
     """The test split as it is, and without scans that have a near duplicate in train or valid.
 
     Args:
-        name: `official`, or `grouped_fold` where the split is one fold of a grouped dealing.
+        name: `official`, or `grouped_fold` where the split is one fold of a grouped split.
         facts: Of the model.
         sets: train, valid and test.
         probabilities: float32 (N, C), the model's answers to test.
@@ -205,7 +205,7 @@ def external_protocols(
             who: np.column_stack([answer[:, normal], 1 - answer[:, normal]])
             for who, answer in answers.items()
         }
-        # The temperature cools four logits, not these two: calibration is shown as served alone.
+        # The temperature scales four logits, not these two: only the served calibration is shown.
         ones = np.ones(len(labels), np.float32)
         protocols.append(Protocol(f"external_{name}", scans, two, ones))
     return protocols

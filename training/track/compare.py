@@ -45,7 +45,7 @@ MOST_NAMED = 10  # runs in one line of the notes; --json lists all
 
 @config_class
 class CompareConfig:
-    """What `training compare` is told.
+    """Settings of `training compare`.
 
     Attributes:
         protocol: How the scores were taken: `valid` is the written model on the validation scans,

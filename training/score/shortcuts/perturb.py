@@ -102,7 +102,7 @@ def reencode_jpeg(scans: Pixels, quality: int = JPEG_QUALITY) -> Pixels:
 def shortcut_scores(
     predict: Callable[[Pixels], Floats], scans: ScanSet, probabilities: Floats
 ) -> dict[str, Any]:
-    """What the scores become when a shortcut, or the lungs, are taken out of the scans.
+    """Scores after a shortcut, or the lungs, are taken out of the scans.
 
     Args:
         predict: Gives the probabilities float32 (N, C) of scans uint8 (N, 224, 224, 1).
