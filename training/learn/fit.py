@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -225,6 +226,7 @@ def _train(
 
     cached = config.frozen_layers == "cached" or (config.frozen_layers == "auto" and not on_gpu)
     policy = dtype_policy(on_gpu) if config.mixed_precision else "float32"
+    copies: Sequence[Activations | Scan]
     valid_input: Activations | Scan
     if cached:
         entrance = config.first_trained_block
@@ -251,11 +253,9 @@ def _train(
     epochs = config.epochs if config.first_trained_block < 6 else 0
     while state.epoch < epochs and state.epochs_without_gain() < config.patience:
         epoch = state.epoch + 1
-        shown = (
-            in_turn(copies, epoch)
-            if cached
-            else AugmentedScans(train.pixels, config.augmentation, config.seed, epoch)
-        )
+        shown: Activations | Scan | AugmentedScans = in_turn(copies, epoch)
+        if not cached:
+            shown = AugmentedScans(train.pixels, config.augmentation, config.seed, epoch)
         batches = epoch_batches(
             shown, targets, weights,
             epoch=epoch, batch_size=config.batch_size, seed=config.seed,

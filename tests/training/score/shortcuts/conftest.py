@@ -8,18 +8,18 @@ from training.data.dataset import ScanSet
 from training.data.phantom import LABELS, make_phantom
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def drawn() -> list[np.ndarray]:
     """Hounsfield units of eight phantoms, two of a class."""
     return [make_phantom(label, seed).hu for seed in (0, 1) for label in LABELS]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scans(drawn) -> np.ndarray:
     return np.stack([scan_of(hu) for hu in drawn])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scan_set() -> ScanSet:
     """24 phantoms of four classes, six of each and two to a group."""
     pixels = np.stack([scan_of(make_phantom(label, seed).hu) for label in LABELS
