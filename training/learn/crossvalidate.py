@@ -89,7 +89,7 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
             # By this tag `training compare` leaves the folds out: no one of them is a
             # candidate.
             with tagged_runs({FOLD_TAG: f"{fold + 1} of {split.folds}"}):
-                _answer_fold(of_fold, folder, fold)
+                _predict_fold(of_fold, folder, fold)
             write_json(done, {"key": key, "seconds": time.monotonic() - started})
         record = json.loads(done.read_text())
         records.append(record | {"run": json.loads((folder / "train/run.json").read_text())["run"]})
@@ -109,7 +109,7 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
     return config.output / "answers.csv"
 
 
-def _answer_fold(config: FitConfig, folder: Path, fold: int) -> None:
+def _predict_fold(config: FitConfig, folder: Path, fold: int) -> None:
     fit(config)
     model, facts = load_trained(config.output)
     test = read_split(config.scans, config.split, facts.window)["test"]

@@ -94,7 +94,7 @@ class Point:
         """The file that says that the point is finished."""
         return self.fit.output / "point.json"
 
-    def in_words(self) -> str:
+    def __str__(self) -> str:
         """The settings on one line."""
         return ", ".join(f"{key} {value}" for key, value in self.settings.items())
 
@@ -163,16 +163,16 @@ def sweep(config: SweepConfig) -> list[str]:
     for index, point in enumerate(points, start=1):
         where = f"point {index} of {len(points)}"
         if point.record.is_file():
-            logger.info("%s: finished before: %s", where, point.in_words())
+            logger.info("%s: finished before: %s", where, point)
             continue
         elapsed_s = time.monotonic() - started
         waiting = sum(not later.record.is_file() for later in points[index - 1 :])
         rest = f", about {_minutes(elapsed_s / trained * waiting)} left" if trained else ""
-        logger.info("%s (%s so far%s): %s", where, _minutes(elapsed_s), rest, point.in_words())
+        logger.info("%s (%s so far%s): %s", where, _minutes(elapsed_s), rest, point)
         failure = _trained_apart(point, {"sweep": config.name})
         trained += 1
         if failure:
-            failures.append(f"{where} ({point.in_words()}) {failure}")
+            failures.append(f"{where} ({point}) {failure}")
             logger.info("%s", failures[-1])
             continue
         run = json.loads((point.fit.output / "run.json").read_text())["run"]

@@ -139,7 +139,7 @@ def test_an_interrupted_cross_validation_cannot_be_evaluated(
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.learn.crossvalidate, "_answer_fold", interrupted)
+    monkeypatch.setattr(training.learn.crossvalidate, "_predict_fold", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cross_validate(config, dataclasses.replace(fit, head_regularisation=0.3), split)
     with pytest.raises(ValueError, match=r"crossvalidate\.json: no such file; run python"):

@@ -45,7 +45,7 @@ def test_every_combination_is_a_point_and_the_rest_is_that_of_the_base(base):
     assert found == [(0.1, 0.3, 2), (0.1, 0.4, 2), (0.2, 0.3, 2), (0.2, 0.4, 2)]
     assert {p.fit.augmentation.shift for p in points} == {0.05}
     assert {p.fit.weights for p in points} == {"random"}
-    assert points[0].in_words() == "dropout 0.1, augmentation.contrast 0.3, epochs 2"
+    assert str(points[0]) == "dropout 0.1, augmentation.contrast 0.3, epochs 2"
     assert len({p.fit.output for p in points}) == 4
     assert points[0].fit.output.name.startswith("dropout-0.1_augmentation.contrast-0.3_epochs-2-")
 
