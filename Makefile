@@ -52,11 +52,13 @@ pipeline: environments  ## The DVC pipeline; DATA=DIR|ZIP|URL chooses the scans
 	@python -m training pipeline
 
 .PHONY: protocols
+protocols: OVERRIDDEN := $(if $(wildcard data/overrides.yaml),--overrides data/overrides.yaml)
 protocols: environments  ## Score the trained model under every protocol; trains five folds
-	@python -m training evaluate --protocol all --output results/protocols \
-		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS)) \
+	@python -m training crossvalidate $(OVERRIDDEN) \
+		$(if $(GROUP_FILE),--group-file $(GROUP_FILE)) $(if $(GROUP_COLUMNS),--group-columns $(GROUP_COLUMNS))
+	@python -m training evaluate --protocol all --output results/protocols $(OVERRIDDEN) \
 		$(if $(EXTERNAL),--external $(EXTERNAL)) $(if $(FOREIGN),--foreign $(FOREIGN)) $(if $(CHEST),--chest $(CHEST)) \
-		$(if $(BOXES),--boxes $(BOXES)) $(if $(wildcard data/overrides.yaml),--overrides data/overrides.yaml)
+		$(if $(BOXES),--boxes $(BOXES))
 
 .PHONY: compare
 compare: environments  ## Rank the runs and draw them; PROTOCOL= and METRIC= say by what

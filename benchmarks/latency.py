@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from benchmarks.encoded import compare_encoded, encoded_in_words
@@ -41,7 +42,7 @@ from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import ScanSet
 from training.network.vgg16 import load_trained
 
@@ -59,9 +60,9 @@ METHOD = (
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class LatencyConfig(MeasuredConfig):
-    """What `benchmarks latency` is told.
+    """Settings of `benchmarks latency`.
 
     Attributes:
         curve: What `export compress` tried, drawn into the plot where it is there.
@@ -71,25 +72,11 @@ class LatencyConfig(MeasuredConfig):
     """
 
     curve: Path = Path("results/compressed/curve.json")
-    rounds: dict[int, int] = field(default_factory=lambda: {1: 60, 8: 6})
-    limit_s: float = 120.0
-    cold_starts: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse settings that measure nothing.
-
-        Raises:
-            ValueError: A batch size or a number of rounds below 1, or a limit that is none.
-        """
-        super().__post_init__()
-        for batch, count in self.rounds.items():
-            if not (isinstance(batch, int) and isinstance(count, int) and min(batch, count) >= 1):
-                raise ValueError(f"rounds is {self.rounds}; expected {{batch size: number}}")
-        if not self.rounds or self.limit_s <= 0 or self.cold_starts < 0:
-            raise ValueError(
-                f"rounds {self.rounds}, limit_s {self.limit_s}, cold_starts {self.cold_starts}: "
-                "expected at least one round, a positive limit and no negative number"
-            )
+    rounds: Annotated[dict[PositiveInt, PositiveInt], Field(min_length=1)] = field(
+        default_factory=lambda: {1: 60, 8: 6}
+    )
+    limit_s: PositiveFloat = 120.0
+    cold_starts: NonNegativeInt = 2
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from benchmarks.batch_limits import limits_in_words, near_limits
@@ -39,7 +40,7 @@ from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.network.vgg16 import load_trained
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,12 @@ SCORES = ("accuracy", "macro_auroc")
 Way = Callable[[list[Path], Path], None]  # classifies files and writes a line for each
 
 
-@dataclass(frozen=True)
+Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+@config_class
 class ThroughputConfig(MeasuredConfig):
-    """What `benchmarks throughput` is told.
+    """Settings of `benchmarks throughput`.
 
     Attributes:
         concurrency: Requests in flight.
@@ -82,33 +86,16 @@ class ThroughputConfig(MeasuredConfig):
         batch_passes: How many of these passes.
     """
 
-    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
-    instances: tuple[int, ...] = (1, 2)
-    seconds: float = 1.5
-    warm_up_s: float = 0.3
-    passes: int = 2
-    num_files: int = 64
-    file_passes: int = 3
-    batch_size: int = 8
-    batch_seconds: float = 8.0
-    batch_passes: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse settings that measure nothing.
-
-        Raises:
-            ValueError: A number below 1, no concurrency or layout, or a time that is none.
-        """
-        super().__post_init__()
-        passes = (self.passes, self.file_passes, self.batch_passes)
-        counts = (*self.concurrency, *self.instances, *passes, self.num_files, self.batch_size)
-        if min(counts) < 1 or not (self.concurrency and self.instances):
-            raise ValueError("expected at least 1 for each number and in each list")
-        if min(self.seconds, self.batch_seconds) <= 0 or self.warm_up_s < 0:
-            raise ValueError(
-                f"seconds {self.seconds}, batch_seconds {self.batch_seconds}, warm_up_s "
-                f"{self.warm_up_s}: expected times"
-            )
+    concurrency: Counts = (1, 2, 4, 8, 16)
+    instances: Counts = (1, 2)
+    seconds: PositiveFloat = 1.5
+    warm_up_s: NonNegativeFloat = 0.3
+    passes: PositiveInt = 2
+    num_files: PositiveInt = 64
+    file_passes: PositiveInt = 3
+    batch_size: PositiveInt = 8
+    batch_seconds: PositiveFloat = 8.0
+    batch_passes: PositiveInt = 5
 
 
 @dataclass

@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ from training.common.atomic_io import write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import load_config
 from training.data.dataset import evenly_spread, read_split
-from training.learn.fit import (
-    FitConfig,
+from training.learn.fit import FitConfig
+from training.learn.trainer import (
+    AugmentedScans,
     compile_trainer,
     epoch_batches,
-    gather_augmented,
-    gather_copies,
-    smoothed_targets,
     trainable_twin,
 )
 from training.network.activation_cache import cached_activations
@@ -59,26 +58,27 @@ def measure(config: FitConfig, num_scans: int, repeats: int) -> dict[str, Any]:
         prefix = frozen_prefix(twin, config.first_trained_block)
         activations = cached_activations(prefix, pixels, Path(folder), "fill the cache")
         fill_s = time.perf_counter() - started
-        ways = {
+        ways: dict[str, tuple[Any, Callable[[int], Any]]] = {
             "plain": (
                 logits_from(twin, 1, config.dropout),
-                gather_augmented(pixels, config.limits(), config.seed),
+                lambda epoch: AugmentedScans(pixels, config.augmentation, config.seed, epoch),
             ),
             "cached": (
                 logits_from(twin, config.first_trained_block, config.dropout),
-                gather_copies([activations]),
+                lambda epoch: activations,
             ),
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         for trainer, _ in ways.values():
-            compile_trainer(trainer, config.learning_rate)
-        targets = smoothed_targets(labels, len(train.names), config.label_smoothing)
+            compile_trainer(trainer, config.learning_rate, config.label_smoothing)
+        targets = np.eye(len(train.names), dtype=np.float32)[labels]
         weight = np.ones(len(labels), np.float32)
         for epoch in range(repeats + 1):
-            for name, (trainer, gather) in ways.items():
+            for name, (trainer, inputs_of) in ways.items():
                 batches = epoch_batches(
-                    gather, targets, weight, epoch, batch_size=config.batch_size, seed=config.seed
-                )
+                    inputs_of(epoch), targets, weight,
+                    epoch=epoch, batch_size=config.batch_size, seed=config.seed,
+                )  # fmt: skip
                 started = time.perf_counter()
                 trainer.fit(batches, shuffle=False, verbose=0)
                 if epoch:

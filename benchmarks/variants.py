@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from benchmarks.engines import Infer
@@ -17,6 +18,7 @@ from chestct.contract import Window
 from export.publish.repository import parsed_config
 from serving.local import uses_gpu
 from training.common.atomic_io import sha256_of
+from training.common.config import config_class
 from training.common.metrics import score
 from training.data.dataset import ScanSet, evenly_spread, read_split
 
@@ -24,7 +26,7 @@ SCORING_BATCH = 8
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
 
 
-@dataclass(frozen=True)
+@config_class
 class MeasuredConfig:
     """What a benchmark of the variants is told, whatever it measures.
 
@@ -34,34 +36,25 @@ class MeasuredConfig:
             the result.
         repository: Triton's model repository; `chestct_NAME` serves the variant NAME.
         scans: Folder of scans to send.
-        split: Labelled scans, CSV of `training split`; its test rows give each row its
-        accuracy.
+        split: Labelled scans, CSV of `training split`; its test rows give each row
+            its accuracy.
         most_scored: At most so many of them, evenly spread.
         seed: Of the random order in which things are measured.
     """
 
     model: Path = Path("results/train")
-    variants: dict[str, Any] = field(
+    variants: dict[str, Path] = field(
         default_factory=lambda: {
-            "fp32": "results/export",
-            "int8": "results/int8",
-            "compressed": "results/compressed",
+            "fp32": Path("results/export"),
+            "int8": Path("results/int8"),
+            "compressed": Path("results/compressed"),
         }
     )
     repository: Path = Path("model_repository")
     scans: Path = Path("data/scans")
     split: Path = Path("results/split/split.csv")
-    most_scored: int = 400
+    most_scored: PositiveInt = 400
     seed: int = 7
-
-    def __post_init__(self) -> None:
-        """Refuse to score nothing.
-
-        Raises:
-            ValueError: `most_scored` is not positive.
-        """
-        if self.most_scored < 1:
-            raise ValueError(f"most_scored is {self.most_scored}; expected at least 1")
 
     def labelled(self, window: Window) -> ScanSet:
         """The test scans that each row is scored on, in the window of the model.
@@ -128,7 +121,7 @@ class Variant:
 
 
 def find_variants(
-    folders: Mapping[str, Any], repository: Path
+    folders: Mapping[str, Path], repository: Path
 ) -> tuple[list[Variant], dict[str, str]]:
     """The variants that are there, and what is missing, as {name: why}.
 
@@ -138,7 +131,7 @@ def find_variants(
     """
     variants, missing = [], {}
     for name, folder in folders.items():
-        variant = Variant(name, Path(folder), repository, None)
+        variant = Variant(name, folder, repository, None)
         if not (variant.folder / "model.onnx").is_file():
             missing[name] = f"{variant.folder} holds no model.onnx"
             continue

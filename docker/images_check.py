@@ -257,7 +257,7 @@ def write_small_repository(folder: Path) -> Path:
     import onnx
 
     from chestct.contract import LUNG_WINDOW, ModelFacts
-    from export.publish.repository import ServeConfig, publish_variants
+    from export.publish.repository import ServeConfig, VariantConfig, publish_variants
     from training.common.atomic_io import sha256_of
     from training.data.phantom import LABELS
 
@@ -270,8 +270,8 @@ def write_small_repository(folder: Path) -> Path:
     (source / "parity.json").write_text(json.dumps(report))
     config = ServeConfig(
         variants={
-            "fp32": {"folder": str(source), "engine": "onnxruntime"},
-            "openvino": {"folder": str(source), "engine": "openvino"},
+            "fp32": VariantConfig(source),
+            "openvino": VariantConfig(source, "openvino"),
         },
         promoted="openvino",
         max_batch_size=8,

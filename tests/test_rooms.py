@@ -9,6 +9,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -219,8 +220,13 @@ def test_no_module_imports_itself_through_others():
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
+def dvc_stages() -> dict[str, dict[str, Any]]:
+    files = [CHECKOUT / "dvc.yaml", CHECKOUT / "configs" / "protocols" / "dvc.yaml"]
+    return {k: v for file in files for k, v in yaml.safe_load(file.read_text())["stages"].items()}
+
+
 def test_dvc_stages_depend_on_all_code_that_they_run():
-    stages = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text())["stages"]
+    stages = dvc_stages()
     # Errors, proxies and the shape of a line decide no result; nor does what tracks it.
     harmless = ("errors", "region", "results/", "batch/", "inference/proxies")
     prefixes = tuple(f"client/src/chestct/{name}" for name in harmless)
@@ -238,7 +244,7 @@ def test_dvc_stages_depend_on_all_code_that_they_run():
 
 
 def test_dvc_stages_name_the_overrides_of_their_configs():
-    stages = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text())["stages"]
+    stages = dvc_stages()
     for name, stage in stages.items():
         if name == "ingest":  # which writes them
             continue

@@ -10,12 +10,13 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from chestct.contract import INPUT_NAME, MODEL_NAME, OUTPUT_NAMES, ModelFacts
@@ -23,7 +24,7 @@ from chestct.imaging.scan import list_scans, load_scan
 from chestct.inference.client import ScanClient
 from training.common.atomic_io import sha256_of, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.common.metrics import (
     Statistic,
     accuracy,
@@ -130,7 +131,7 @@ class ParityReport:
         )
 
 
-@dataclass(frozen=True)
+@config_class
 class Gate:
     """What a variant may lose against the FP32 model, on the labelled validation scans.
 
@@ -551,51 +552,35 @@ def compare_by_labels(
     return tuple(reports)
 
 
-@dataclass(frozen=True)
+EngineName = Annotated[str, Field(pattern=f"^({'|'.join(ENGINES)})$")]
+
+
+@config_class
 class ParityConfig:
-    """What `export parity` is told.
+    """Settings of `export parity`.
 
     Attributes:
         variant: Folder with `model.onnx` and `facts.json`, whose precision says how it is judged;
             the report becomes its `parity.json`.
         engines: All that will serve the file.
-        model: Folder that `training fit` wrote, or an address of MLflow; the reference of an
-        FP32
-            variant. Where the variant was exported from another run, that run's model is fetched.
+        model: Folder that `training fit` wrote, or an address of MLflow; the reference of
+            an FP32 variant. Where the variant was exported from another run, that run's model is
+            fetched.
         scans: Folder of scans; an FP32 variant is compared on any of them.
         num_scans: At most so many of them, evenly spread.
         reference: FP32 variant, the reference of the others.
         split: Split file; the other variants are compared on its labelled scans.
-        gate: Limits that differ from the defaults of `Gate`.
+        gate: What the variant may lose.
     """
 
     variant: Path = Path("results/export")
-    engines: tuple[str, ...] = ("onnxruntime", "openvino")
+    engines: Annotated[tuple[EngineName, ...], Field(min_length=1)] = ("onnxruntime", "openvino")
     model: str | Path = Path("results/train")
     scans: Path = Path("data/scans")
-    num_scans: int = 64
+    num_scans: PositiveInt = 64
     reference: Path = Path("results/export")
     split: Path = Path("results/split/split.csv")
-    gate: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown engine or limit.
-
-        Raises:
-            ValueError: The message lists what is known.
-        """
-        known = [limit.name for limit in dataclasses.fields(Gate)]
-        for what, given, allowed in (
-            ("engines", self.engines, list(ENGINES)),
-            ("gate", self.gate, known),
-        ):
-            unknown = [name for name in given if name not in allowed]
-            if unknown:
-                raise ValueError(f"{what} names {unknown}; expected some of {allowed}")
-        if any(type(limit) not in (int, float) for limit in self.gate.values()):
-            raise ValueError(f"gate is {self.gate}; expected numbers")
-        if not self.engines:
-            raise ValueError("engines is empty; expected at least one")
+    gate: Gate = Gate()
 
 
 def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
@@ -646,7 +631,7 @@ def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runn
             ("FP32", full, facts_of(config.reference).domain_threshold),
             candidates,
             facts.domain_threshold,
-            Gate(**config.gate),
+            config.gate,
         )
     )
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from chestct.contract import ModelFacts
 from export.check.parity import (
     Figure,
-    Gate,
     Outputs,
     ParityConfig,
     Runner,
@@ -34,7 +34,7 @@ from export.convert.onnx import onnx_from_keras
 from export.convert.quantize import calibration_scans, int8_form
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.common.metrics import score
 from training.data.dataset import ScanSet, read_split
 from training.network.vgg16 import VGG16_WIDTHS, load_trained, widths_of
@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 SPLITS = ("valid", "test")
 
 
-@dataclass(frozen=True)
+@config_class
 class CompressConfig:
-    """What `export compress` is told.
+    """Settings of `export compress`.
 
     Attributes:
         students: Folder that `training distill` wrote.
@@ -60,8 +60,8 @@ class CompressConfig:
     students: Path = Path("results/students")
     int8: Path = Path("results/int8")
     parity: Path = Path("configs/parity-compressed.yaml")
-    num_scans: int = 256
-    rounds: int = 40
+    num_scans: PositiveInt = 256
+    rounds: PositiveInt = 40
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def compress(config: CompressConfig) -> str | None:
                 scans = sets[split]
                 given = run_all(f"{candidate.name}, {split}", runners[candidate.name], scans.pixels)
                 thresholds = (full.domain_threshold, candidate.facts.domain_threshold)
-                gate = Gate(**parity.gate)
-                figures = gate_figures(scans, wanted[split], given, thresholds, gate)
+                figures = gate_figures(scans, wanted[split], given, thresholds, parity.gate)
                 point[split] = _worth(scans, given, figures)
             points.append(point)
         chosen = fastest_allowed(points[:-1])

@@ -17,20 +17,21 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt
 
 from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelFacts
 from export.convert.onnx import set_facts
 from training.common.atomic_io import replaced, sha256_of, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 
 if TYPE_CHECKING:
     import onnx
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "fp16", "int8")
 OPSETS = range(9, 21)  # what every TensorRT 10 and 11 reads (onnx/onnx-tensorrt, docs/operators.md)
 # Operators of ONNX Runtime's other quantized form, which TensorRT's parser does not know (there).
 INTEGER_OPERATORS = frozenset(
@@ -38,9 +39,9 @@ INTEGER_OPERATORS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class EngineConfig:
-    """What `export engine` is told.
+    """Settings of `export engine`.
 
     Attributes:
         onnx: The exported model, its `facts.json` beside it; for int8 one with Q/DQ nodes.
@@ -56,25 +57,23 @@ class EngineConfig:
 
     onnx: Path = Path("results/export/model.onnx")
     output: Path = Path("results/fp16")
-    precision: str = "fp16"
-    min_batch: int = 1
-    opt_batch: int = 8
-    max_batch: int = 32
-    workspace_mb: int = 2048
+    precision: Literal["fp32", "fp16", "int8"] = "fp16"
+    min_batch: PositiveInt = 1
+    opt_batch: PositiveInt = 8
+    max_batch: PositiveInt = 32
+    workspace_mb: PositiveInt = 2048
     timing_cache: Path = Path(".cache/tensorrt.timing")
 
     def __post_init__(self) -> None:
-        """Refuse what TensorRT would refuse after minutes.
+        """Refuse a profile that TensorRT would refuse after minutes.
 
         Raises:
-            ValueError: Unknown precision, or a profile out of order.
+            ValueError: The batches are out of order.
         """
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; expected one of {PRECISIONS}")
-        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+        if not self.min_batch <= self.opt_batch <= self.max_batch:
             raise ValueError(
-                f"batches {self.min_batch}, {self.opt_batch}, {self.max_batch}; expected "
-                "1 <= min <= opt <= max"
+                f"batches {self.min_batch}, {self.opt_batch}, {self.max_batch}: expected "
+                "min_batch <= opt_batch <= max_batch"
             )
 
     @property

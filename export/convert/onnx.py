@@ -6,9 +6,10 @@ import dataclasses
 import json
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
 
 from chestct.contract import (
     INPUT_NAME,
@@ -23,7 +24,7 @@ from chestct.contract import (
 )
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.network.vgg16 import load_trained
 from training.track.registry import model_folder
 
@@ -36,9 +37,9 @@ logger = logging.getLogger(__name__)
 TRITON_DTYPES = {1: "FP32", 2: "UINT8", 6: "INT32", 7: "INT64", 10: "FP16", 11: "FP64"}
 
 
-@dataclass(frozen=True)
+@config_class
 class OnnxConfig:
-    """What `export onnx` is told.
+    """Settings of `export onnx`.
 
     Attributes:
         model: Folder that `training fit` wrote, or `models:/chestct@champion` and the like
@@ -50,7 +51,7 @@ class OnnxConfig:
 
     model: str | Path = Path("results/train")
     output: Path = Path("results/export/model.onnx")
-    opset: int = 18
+    opset: PositiveInt = 18
 
 
 def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> onnx.ModelProto:

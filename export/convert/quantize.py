@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from chestct.contract import INPUT_NAME, SCAN_SIZE, ModelFacts
 from export.convert.onnx import set_facts
 from training.common.atomic_io import replaced, sha256_of, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import ScanSet, read_split
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ ACTIVATION_STEPS = 255  # an activation is 0 to 255 times its tensor's step
 TENSORRT_STEPS = 127  # and in TensorRT, which has signed activations only, 0 to 127 times
 
 
-@dataclass(frozen=True)
+@config_class
 class QuantizeConfig:
-    """What `export quantize` is told.
+    """Settings of `export quantize`.
 
     Attributes:
         source: Variant folder with the FP32 `model.onnx` and its `facts.json`.
@@ -65,17 +66,8 @@ class QuantizeConfig:
     source: Path = Path("results/export")
     scans: Path = Path("data/scans")
     split: Path = Path("results/split/split.csv")
-    num_scans: int = 256
+    num_scans: PositiveInt = 256
     output: Path = Path("results/int8")
-
-    def __post_init__(self) -> None:
-        """Refuse to calibrate on nothing.
-
-        Raises:
-            ValueError: `num_scans` is not positive.
-        """
-        if self.num_scans < 1:
-            raise ValueError(f"num_scans is {self.num_scans}; expected at least 1")
 
 
 @dataclass(frozen=True)

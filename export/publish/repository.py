@@ -12,36 +12,36 @@ import filecmp
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from pydantic import NonNegativeInt, PositiveInt
 
 from chestct.contract import INPUT_NAME, MODEL_NAME, ModelFacts, input_spec, output_specs
 from export.convert.engine import profile_shape, read_record
 from export.convert.onnx import contract_differences
 from training.common.atomic_io import replaced, sha256_of
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import Name, config_class, load_config
 
 logger = logging.getLogger(__name__)
 
-GPU_ENGINES = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt-plan")
-ENGINES = ("onnxruntime", "openvino", *GPU_ENGINES)
-MODES = ("latency", "throughput")
+GpuEngine = Literal["onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt-plan"]
+Engine = Literal["onnxruntime", "openvino", GpuEngine]
+GPU_ENGINES, ENGINES = get_args(GpuEngine), get_args(Engine)
 CANDIDATE = f"{MODEL_NAME}_candidate"  # where `export rollout` tries a version before the switch
 ENCODED, DECODE = f"{MODEL_NAME}_encoded", f"{MODEL_NAME}_decode"  # the ensemble, its first step
-VARIANT_KEYS = {"folder": str, "engine": str, "instances": int, "threads": int}
 # triton-inference-server/onnxruntime_backend, README, "Parameter mapping".
 PRECISION_MODES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
 
 Texts = dict[str, str]  # name of a file to its content
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Settings:
     """What is the same for all models of a repository.
 
@@ -57,44 +57,39 @@ class Settings:
         workspace_mb: Memory that `onnxruntime-tensorrt` may use while it builds and runs.
         cuda_graphs: Replay the kernel launches of a `tensorrt-plan` at the batch sizes of
             `warm_up`. A graph is recorded for one shape; other batch sizes run without.
-        card: Summary of the model card, `summary.json` of `training card`; it becomes a
-        parameter
-            of each model, and is left out where the file is not there.
+        card: Summary of the model card, `summary.json` of `training card`; it becomes
+            a parameter of each model, and is left out where the file is not there.
     """
 
-    max_batch_size: int = 32
-    warm_up: tuple[int, ...] = (1, 8)
-    max_queue_delay_us: int | None = 0
-    keep_versions: int = 2
+    _: KW_ONLY
+    max_batch_size: PositiveInt = 32
+    warm_up: tuple[PositiveInt, ...] = (1, 8)
+    max_queue_delay_us: NonNegativeInt | None = 0
+    keep_versions: PositiveInt = 2
     tensorrt_cache: Path = Path("/var/cache/chestct/tensorrt")
-    workspace_mb: int = 2048
+    workspace_mb: PositiveInt = 2048
     cuda_graphs: bool = False
     card: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that Triton would refuse later.
+        """Refuse to warm up with more than a batch.
 
         Raises:
-            ValueError: A number out of range.
+            ValueError: `warm_up` is beyond `max_batch_size`.
         """
-        for key in ("max_batch_size", "keep_versions", "workspace_mb"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; expected at least 1")
-        if self.max_queue_delay_us is not None and self.max_queue_delay_us < 0:
-            raise ValueError(f"max_queue_delay_us is {self.max_queue_delay_us}; expected 0 or more")
-        if any(not 1 <= size <= self.max_batch_size for size in self.warm_up):
-            raise ValueError(f"warm_up is {self.warm_up}; expected 1 to {self.max_batch_size}")
+        if max(self.warm_up, default=0) > self.max_batch_size:
+            raise ValueError(f"warm_up is {self.warm_up}: expected at most {self.max_batch_size}")
 
 
-@dataclass(frozen=True)
+@config_class
 class RepositoryConfig(Settings):
     """How one model is published.
 
     Attributes:
         onnx: The ONNX file; for `tensorrt-plan` that of which `model.plan` beside it was built.
         model: Folder of `facts.json`, which becomes the parameters.
-        parity: Report of `export parity`; nothing is written unless it holds for this very
-        file.
+        parity: Report of `export parity`; nothing is written unless it holds for this
+            very file.
         repository: Triton's model repository.
         name: Name of the model in it.
         engine: What runs the model, one of `ENGINES`.
@@ -107,27 +102,10 @@ class RepositoryConfig(Settings):
     model: Path = Path("results/export")
     parity: Path = Path("results/export/parity.json")
     repository: Path = Path("model_repository")
-    name: str = MODEL_NAME
-    engine: str = "onnxruntime"
-    instances: int = 1
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse settings that Triton would refuse later.
-
-        Raises:
-            ValueError: A number out of range, a name that is no folder, or an unknown engine.
-        """
-        super().__post_init__()
-        if self.instances < 1 or self.threads < 0:
-            raise ValueError(
-                f"instances is {self.instances} and threads {self.threads}; expected at least 1 "
-                "and 0"
-            )
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
-            raise ValueError(f"name is {self.name!r}; expected letters, digits, . _ -")
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine is {self.engine!r}; expected one of {ENGINES}")
+    name: Name = MODEL_NAME
+    engine: Engine = "onnxruntime"
+    instances: PositiveInt = 1
+    threads: NonNegativeInt = 0
 
     @property
     def served_file(self) -> Path:
@@ -136,13 +114,29 @@ class RepositoryConfig(Settings):
         return self.onnx.with_name("model.plan") if plan else self.onnx
 
 
-@dataclass(frozen=True)
-class ServeConfig(Settings):
-    """What `export repository` is told: which variants are served, and by which engine.
+@config_class
+class VariantConfig:
+    """One variant of the model in `configs/serve.yaml`.
 
     Attributes:
-        variants: For each name its `folder` (which holds `model.onnx`, `facts.json` and
-            `parity.json`) and `engine`, and `instances` or `threads` where this one differs.
+        folder: Holds `model.onnx`, `facts.json` and `parity.json`.
+        engine: What runs it.
+        instances: Where this variant differs from the others.
+        threads: Likewise.
+    """
+
+    folder: Path
+    engine: Engine = "onnxruntime"
+    instances: PositiveInt | None = None
+    threads: NonNegativeInt | None = None
+
+
+@config_class
+class ServeConfig(Settings):
+    """Settings of `export repository`: which variants are served, and by which engine.
+
+    Attributes:
+        variants: What is published, by name.
         promoted: The variant that is also published as `chestct`.
         mode: `latency` answers one scan as soon as possible: one instance with all cores.
             `throughput` answers most scans in a second: one instance of one thread for each core
@@ -154,66 +148,55 @@ class ServeConfig(Settings):
         repository: Triton's model repository.
     """
 
-    variants: dict[str, Any] = field(default_factory=lambda: {"fp32": {"folder": "results/export"}})
+    variants: dict[Name, VariantConfig] = field(
+        default_factory=lambda: {"fp32": VariantConfig(Path("results/export"))}
+    )
     promoted: str = "fp32"
-    mode: str = "latency"
-    instances: int | None = None
-    threads: int | None = None
+    mode: Literal["latency", "throughput"] = "latency"
+    instances: PositiveInt | None = None
+    threads: NonNegativeInt | None = None
     encoded: bool = False
     repository: Path = Path("model_repository")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant, before anything is written.
+        """Refuse names that mean nothing, or another model.
 
         Raises:
-            ValueError: An unknown mode, variant or key of a variant, or a value out of range.
+            ValueError: `promoted` is no variant, or a variant has the name of another model.
         """
         super().__post_init__()
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; expected one of {MODES}")
-        if self.promoted not in self.models():
+        if self.promoted not in self.variants:
             raise ValueError(
-                f"promoted is {self.promoted!r}; expected one of {list(self.variants)}"
+                f"promoted is {self.promoted!r}: expected one of {list(self.variants)}"
             )
+        for name in self.variants:
+            if f"{MODEL_NAME}_{name}" in (ENCODED, DECODE, CANDIDATE):
+                raise ValueError(
+                    f"variants: {MODEL_NAME}_{name} is another model's name; choose another one"
+                )
 
     def models(self) -> dict[str, RepositoryConfig]:
         """How each variant is published, by the name of the variant."""
-        models = {}
-        for name, entry in self.variants.items():
-            try:
-                models[name] = self._model(name, entry)
-            except ValueError as error:
-                raise ValueError(f"variant {name}: {error}") from error
-        return models
+        return {name: self._model(name, entry) for name, entry in self.variants.items()}
 
-    def _model(self, name: str, entry: Any) -> RepositoryConfig:
-        if f"{MODEL_NAME}_{name}" in (ENCODED, DECODE, CANDIDATE):
-            raise ValueError(f"{MODEL_NAME}_{name} is another model's name; choose another one")
-        if not isinstance(entry, dict) or "folder" not in entry:
-            raise ValueError(f"{entry!r} has no folder; expected {{folder: ..., engine: ...}}")
-        for key, value in entry.items():
-            if key not in VARIANT_KEYS:
-                raise ValueError(f"unknown key {key!r}; allowed are {list(VARIANT_KEYS)}")
-            if type(value) is not VARIANT_KEYS[key]:
-                raise ValueError(f"{key} is {value!r}; expected {VARIANT_KEYS[key].__name__}")
-        folder, engine = Path(entry["folder"]), entry.get("engine", "onnxruntime")
+    def _model(self, name: str, entry: VariantConfig) -> RepositoryConfig:
         chosen: dict[str, Any]
         if self.mode == "latency":
             chosen = {"instances": 1, "threads": 0}
-        elif engine in GPU_ENGINES:
+        elif entry.engine in GPU_ENGINES:
             chosen = {"instances": 2, "threads": 0}
         else:
             chosen = {"instances": os.cpu_count() or 1, "threads": 1}
-        for key in chosen:
-            override = entry.get(key, getattr(self, key))
-            chosen[key] = chosen[key] if override is None else override
+        for settings in (self, entry):
+            given = {key: getattr(settings, key) for key in chosen}
+            chosen |= {key: value for key, value in given.items() if value is not None}
         return RepositoryConfig(
-            onnx=folder / "model.onnx",
-            model=folder,
-            parity=folder / "parity.json",
+            onnx=entry.folder / "model.onnx",
+            model=entry.folder,
+            parity=entry.folder / "parity.json",
             repository=self.repository,
             name=f"{MODEL_NAME}_{name}",
-            engine=engine,
+            engine=entry.engine,
             **chosen,
             **{key.name: getattr(self, key.name) for key in dataclasses.fields(Settings)},
         )

@@ -20,11 +20,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from chestct.contract import MODEL_NAME, ModelFacts
 from chestct.inference.client import ScanClient, TLSOptions
@@ -46,6 +46,7 @@ from export.publish.repository import (
     DECODE,
     ENCODED,
     ServeConfig,
+    VariantConfig,
     follow,
     parsed_config,
     promote,
@@ -56,7 +57,7 @@ from export.publish.repository import (
 )
 from training.common.atomic_io import sha256_of
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import ScanSet, evenly_spread, read_split
 from training.track.registry import model_folder
 
@@ -71,9 +72,9 @@ LOOSE = Tolerance(
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class RolloutConfig:
-    """What `export rollout` is told.
+    """Settings of `export rollout`.
 
     Attributes:
         repository: Triton's model repository, which the server reads too.
@@ -91,24 +92,12 @@ class RolloutConfig:
     repository: Path = Path("model_repository")
     scans: Path = Path("data/scans")
     split: Path = Path("results/split/split.csv")
-    golden: str = "valid"
-    most_golden: int = 64
+    golden: Literal["train", "valid", "test"] = "valid"
+    most_golden: PositiveInt = 64
     accuracy_drop: float = 0.02
     least_agreement: float = 0.8
-    load_timeout_s: float = 600.0
-    keep_versions: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse settings that judge nothing or leave nothing to go back to.
-
-        Raises:
-            ValueError: A number out of range.
-        """
-        if self.most_golden < 1 or self.load_timeout_s <= 0 or self.keep_versions < 2:
-            raise ValueError(
-                f"most_golden {self.most_golden}, load_timeout_s {self.load_timeout_s}, "
-                f"keep_versions {self.keep_versions}: expected at least 1, more than 0, at least 2"
-            )
+    load_timeout_s: PositiveFloat = 600.0
+    keep_versions: Annotated[int, Field(ge=2)] = 2
 
 
 class Server:
@@ -283,7 +272,7 @@ def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: st
     logger.info("%s", verdict.in_words())
     published = dataclasses.replace(
         serve_config,
-        variants={"fp32": {"folder": str(folder), "engine": engine}},
+        variants={"fp32": VariantConfig(folder, engine)},
         promoted="fp32",
         repository=config.repository,
         card=None,  # the card that lies here is of the last run of the pipeline

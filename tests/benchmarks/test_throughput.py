@@ -10,6 +10,7 @@ from benchmarks.layouts import Layout, layouts_of, write_layouts
 from benchmarks.throughput import Cell, ThroughputConfig, file_rows, main, markdown
 from benchmarks.variants import find_variants
 from export.publish.repository import parsed_config
+from training.common.config import config_from_mapping
 
 
 def test_row_of_a_cell_by_hand():
@@ -50,7 +51,7 @@ def test_layouts_share_the_cores():
 
 
 def test_layouts_differ_from_the_published_model_in_what_is_measured_alone(published, tmp_path):
-    folders = {"int8": str(published.folder / "results" / "int8")}
+    folders = {"int8": published.folder / "results" / "int8"}
     (variant,), _ = find_variants(folders, published.folder / "model_repository")
     layouts = [Layout("int8", 2, 1, batching=False), Layout("int8", 1, 2, batching=True)]
     write_layouts(tmp_path, {"int8": variant}, layouts)
@@ -78,7 +79,7 @@ def test_layouts_differ_from_the_published_model_in_what_is_measured_alone(publi
 )
 def test_settings_that_measure_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
-        ThroughputConfig(**settings)
+        config_from_mapping(ThroughputConfig, settings, Path("throughput.yaml"))
 
 
 @pytest.mark.server

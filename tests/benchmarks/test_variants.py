@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from training.common.metrics import macro_auroc
 from training.data.dataset import read_split
 
 FOLDERS = {
-    "fp32": "results/export",
-    "int8": "results/int8",
-    "compressed": "results/compressed",
+    "fp32": Path("results/export"),
+    "int8": Path("results/int8"),
+    "compressed": Path("results/compressed"),
 }
 
 
@@ -42,14 +43,14 @@ def test_variants_say_how_they_are_served_and_the_missing_one_why(published):
 
 @pytest.mark.usefixtures("_here")
 def test_variant_that_is_not_published_is_kept_and_named(tmp_path):
-    variants, missing = find_variants({"fp32": "results/export"}, tmp_path)
+    variants, missing = find_variants({"fp32": Path("results/export")}, tmp_path)
     assert [variant.config for variant in variants] == [None]
     assert "chestct_fp32" in missing
 
 
 def test_no_variant_at_all_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no variant .* python -m export onnx"):
-        find_variants({"fp32": str(tmp_path)}, tmp_path)
+        find_variants({"fp32": tmp_path}, tmp_path)
 
 
 @pytest.mark.usefixtures("_here")
@@ -60,7 +61,7 @@ def test_accuracy_of_one_file_never_stands_beside_the_speed_of_another(published
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(ValueError, match=r"another file than .* publish again"):
-        find_variants({"int8": str(folder)}, published.folder / "model_repository")
+        find_variants({"int8": folder}, published.folder / "model_repository")
 
 
 def test_scores_are_those_of_the_labels(published):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import training.score.ood
-import training.score.shortcuts
+import training.score.shortcuts.report
 from chestct.contract import (
     MODEL_NAME,
     NOT_A_MEDICAL_DEVICE,
@@ -35,7 +35,7 @@ PACKAGES = (
 )  # fmt: skip
 # How the result of a further check becomes lines of Markdown, by its key in metrics.json.
 CHECKS: dict[str, Callable[[Any], list[str]]] = {
-    "shortcuts": training.score.shortcuts.report_lines,
+    "shortcuts": training.score.shortcuts.report.report_lines,
     "domain": training.score.ood.report_lines,
 }
 

@@ -8,12 +8,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import PositiveInt, StringConstraints
 
 from chestct.contract import ModelFacts
+from training.common.config import config_class
+
+Statement = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-@dataclass(frozen=True)
+@config_class
 class CardConfig:
     """Settings of `training card`.
 
@@ -53,31 +58,15 @@ class CardConfig:
     )
     latency: Path = Path("results/benchmark/latency.json")
     output: Path = Path("results/card")
-    worst_scans: int = 10
-    intended_use: str | None = None
-    data_source: str | None = None
-    data_licence: str | None = None
-    population: str | None = None
-    reference_standard: str | None = None
-    ethics: str | None = None
-    funding: str | None = None
-    contact: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            ValueError: No scan is to be listed, an empty statement, or a variant without a folder.
-        """
-        if self.worst_scans < 1:
-            raise ValueError(f"worst_scans is {self.worst_scans}; expected at least 1")
-        for name in STATEMENTS:
-            text = getattr(self, name)
-            if text is not None and not text.strip():
-                raise ValueError(f"{name} is empty; leave it out where nothing is known")
-        for name, folder in self.variants.items():
-            if not isinstance(folder, str):
-                raise ValueError(f"variants: {name} is {folder!r}; expected a folder")
+    worst_scans: PositiveInt = 10
+    intended_use: Statement | None = None
+    data_source: Statement | None = None
+    data_licence: Statement | None = None
+    population: Statement | None = None
+    reference_standard: Statement | None = None
+    ethics: Statement | None = None
+    funding: Statement | None = None
+    contact: Statement | None = None
 
 
 STATEMENTS = (

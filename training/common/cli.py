@@ -1,4 +1,4 @@
-"""What every command does around its work: arguments, log, and one line for a user's mistake."""
+"""Entry point of every command: arguments, log, and one line for a user's mistake."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from chestct.errors import ChestCTError
-from training.common.config import read_overrides, use_overrides
+from training.common.config import in_one_line, read_overrides, use_overrides
 
 
 def run_room(room: str, modules: Mapping[str, str], argv: list[str] | None = None) -> int:
@@ -108,7 +110,8 @@ def run_command(
     try:
         return work() or 0
     except mistakes as error:
-        sys.stderr.write(f"error: {error}\n")
+        said = in_one_line(error) if isinstance(error, ValidationError) else error
+        sys.stderr.write(f"error: {said}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")

@@ -1,4 +1,6 @@
-"""Read one command's YAML file into its frozen dataclass, strictly.
+"""Read one command's YAML file into its frozen pydantic dataclass, strictly.
+
+A config class is declared with `@config_class`, the ranges of its fields with pydantic's types.
 
 The pipeline passes `--overrides data/overrides.yaml`: keys that replace those of a file under
 configs/, by the file's name without suffix. `training ingest` writes it; it is empty unless
@@ -9,22 +11,41 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import types
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
+import pydantic_core
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from training.common.atomic_io import write_yaml
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path("configs")
+# Patterns in pydantic's messages, and their replacements in terms of YAML.
+PLAIN_WORDS = {
+    r"^\w+ should (be |have |match )?": "",
+    r" after validation, not \d+$": "",
+    r"^an object$": "a mapping",
+    r"^a valid array$": "a list",
+}
 Config = TypeVar("Config")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 _overrides: dict[str, Mapping[str, Any]] = {}
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def config_class(cls: type[Config]) -> type[Config]:
+    """A frozen dataclass that checks types and ranges, whoever makes an instance, and how."""
+    strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return dataclass(cls, frozen=True, config=strict)  # type: ignore[return-value]
 
 
 def use_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
@@ -63,11 +84,11 @@ def write_overrides(path: Path, overrides: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def load_config(cls: type[Config], path: Path) -> Config:
-    """An instance of the dataclass `cls` from the YAML file at `path`, with overrides applied.
+    """An instance of the config class `cls` from the YAML file at `path`, with overrides applied.
 
     Raises:
-        ValueError: The file is missing, is no mapping, holds an unknown key or a wrong type; the
-            message lists the allowed keys.
+        ValueError: The file is missing, is no mapping, holds an unknown key or a wrong value; the
+            message names the file and the key.
     """
     replaced = _overrides.get(path.stem, {})
     if replaced:
@@ -97,24 +118,56 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def config_from_mapping(cls: type[Config], raw: Mapping[str, Any], path: Path) -> Config:
-    """An instance of the dataclass `cls` from keys and values that were read from `path`.
+    """An instance of the config class `cls` from keys and values that were read from `path`.
 
-    Keys that are left out keep the dataclass's defaults. YAML lists become tuples, whole numbers
-    are taken where a float is expected, and nothing else is converted.
+    Keys that are left out keep the defaults. Values are converted as from JSON: lists become
+    tuples, whole numbers floats, text paths, mappings nested config classes, and nothing else.
 
     Raises:
-        ValueError: An unknown key or a wrong type; the message lists the allowed keys.
+        ValueError: An unknown key or a wrong value; the message lists the allowed keys.
     """
-    hints = typing.get_type_hints(cls)
-    allowed = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = [key for key in raw if key not in allowed]
-    if unknown:
-        raise ValueError(f"{path}: unknown keys {unknown}; allowed are {allowed}")
-    values = {key: _checked(path, key, value, hints[key]) for key, value in raw.items()}
     try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return TypeAdapter(cls).validate_json(pydantic_core.to_json(raw))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {in_one_line(error, cls)}") from error
+
+
+def in_one_line(error: ValidationError, cls: Any = None) -> str:
+    """Format a validation error as "KEY is VALUE: expected ...", once for each key of the file.
+
+    Args:
+        error: From a config class.
+        cls: That class; with it the allowed keys are listed for an unknown one.
+    """
+    unknown: dict[tuple[int | str, ...], list[int | str]] = {}
+    wrong: dict[int | str, str] = {}
+    for item in error.errors(include_url=False):
+        place, text = item["loc"], item["msg"]
+        key = ".".join(str(part) for part in place)
+        if item["type"] == "unexpected_keyword_argument":
+            unknown.setdefault(place[:-1], []).append(place[-1])
+        elif item["type"] == "value_error":
+            text = str(item["ctx"]["error"])
+            wrong.setdefault(key, f"{key} is {item['input']!r}: {text}" if key else text)
+        elif item["type"] == "missing":
+            wrong.setdefault(place[0], f"{key} is missing")
+        else:
+            for pattern, plain in PLAIN_WORDS.items():
+                text = re.sub(pattern, plain, text)
+            wrong.setdefault(place[0], f"{key} is {item['input']!r}: expected {text}")
+    for place, keys in unknown.items():
+        inside = f"{'.'.join(map(str, place))}: " if place else ""
+        allowed = f"; allowed are {_allowed(cls, place)}" if cls else ""
+        wrong[inside] = f"{inside}unknown keys {keys}{allowed}"
+    return "; ".join(wrong.values())
+
+
+def _allowed(cls: Any, place: Sequence[int | str]) -> list[str]:
+    """Keys of the config class at `place` in `cls`: a field of it, or a value of its mapping."""
+    for key in place:
+        arguments = typing.get_args(cls)
+        cls = arguments[-1] if arguments else cls.__pydantic_fields__[key].annotation
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def plain_settings(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
@@ -124,35 +177,3 @@ def plain_settings(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
         for key, value in dataclasses.asdict(config).items()
         if key not in without
     }
-
-
-def _checked(path: Path, key: str, value: Any, hint: Any) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        members = typing.get_args(hint)
-        if value is None and type(None) in members:
-            return None
-        rest = [member for member in members if member is not type(None)]
-        for member in rest[:-1]:
-            try:
-                return _checked(path, key, value, member)
-            except ValueError:
-                continue
-        return _checked(path, key, value, rest[-1])
-    if origin is tuple and isinstance(value, list):
-        member = typing.get_args(hint)[0]
-        return tuple(_checked(path, key, item, member) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and (not isinstance(value, bool) or hint is bool)
-    ):
-        return value
-    name = getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{path}: {key} is {value!r}; expected {name}")

@@ -1,4 +1,4 @@
-"""Scores of a classifier with their intervals, as pure functions of probabilities and labels."""
+"""Classification metrics with 95 % intervals, as pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ Flags = npt.NDArray[np.bool_]
 Weights = npt.NDArray[np.float64]  # (N, R)
 Values = npt.NDArray[np.float64]  # (R,)
 
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 1000
 WEIGHTS_AT_ONCE = 1 << 18  # of scans in resamples: 2 MB, which the cache of a processor holds
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
@@ -25,13 +24,12 @@ NORMAL = "normal"  # the class that all others are told from, where the data set
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927); (0, 1) when nothing was counted."""
+    from scipy.stats import binomtest
+
     if total == 0:
         return 0.0, 1.0
-    share = successes / total
-    denominator = 1 + Z_95**2 / total
-    center = share + Z_95**2 / (2 * total)
-    half = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
-    return max(0.0, (center - half) / denominator), min(1.0, (center + half) / denominator)
+    interval = binomtest(successes, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -253,6 +251,27 @@ def bootstrap_interval(
     """The interval of one statistic, see `bootstrap_intervals`."""
     one = {"statistic": statistic}
     return bootstrap_intervals(one, predictions, truth, groups, seed)["statistic"]
+
+
+def with_intervals(
+    statistics: Mapping[str, Statistic], values: Floats, truth: Any, groups: Labels
+) -> dict[str, dict[str, float]]:
+    """{value, low, high} of each statistic, see `bootstrap_intervals`."""
+    intervals = bootstrap_intervals(statistics, values, truth, groups)
+    return {
+        key: {"value": statistic(values, truth), "low": low, "high": high}
+        for (key, statistic), (low, high) in zip(
+            statistics.items(), intervals.values(), strict=True
+        )
+    }
+
+
+def mean_with_interval(values: Floats, groups: Labels) -> dict[str, float]:
+    """Mean of (N,) with its interval over groups; NaN where fewer than two groups leave none."""
+    if len(np.unique(groups)) < 2:
+        value = float(values.mean()) if len(values) else math.nan
+        return {"value": value, "low": math.nan, "high": math.nan}
+    return with_intervals({"mean": mean_value}, values, groups, groups)["mean"]
 
 
 def confusion(probabilities: Floats, labels: Labels) -> npt.NDArray[np.int64]:

@@ -11,16 +11,16 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.common.metrics import NORMAL, auroc, wilson_interval
 from training.data.audit_report import report
 from training.data.dataset import SPLITS
@@ -31,7 +31,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@config_class
 class AuditConfig:
     """What is audited and where the findings go.
 
@@ -47,16 +47,7 @@ class AuditConfig:
     scans: Path = Path("data/scans")
     table: Path = Path("data/ingest.json")
     output: Path = Path("results/audit")
-    near_correlation: float = 0.99
-
-    def __post_init__(self) -> None:
-        """Refuse a threshold that would join everything or nothing.
-
-        Raises:
-            ValueError: `near_correlation` is not above 0 and at most 1.
-        """
-        if not 0 < self.near_correlation <= 1:
-            raise ValueError(f"near_correlation is {self.near_correlation}: expected above 0 to 1")
+    near_correlation: Annotated[float, Field(gt=0, le=1)] = 0.99
 
 
 def fit_threshold(scores: FloatArray, positive: npt.NDArray[np.bool_]) -> float:

@@ -29,15 +29,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
 from chestct.imaging.scan import SCAN_SUFFIXES, load_grey
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config, read_overrides, use_overrides, write_overrides
+from training.common.config import (
+    config_class,
+    load_config,
+    read_overrides,
+    use_overrides,
+    write_overrides,
+)
 from training.data.dataset import SPLITS
 from training.data.phantom import PhantomConfig, write_configured
 
@@ -56,10 +63,11 @@ SPLIT_NAMES = {
 # The Kaggle folder names carry site and stage behind the class:
 # adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib, large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa.
 STAGED_NAME = re.compile(r"([^_]+)_(?:(?:left|right)\.|T[0-4]).*", re.IGNORECASE)
+FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$")]
 EXPECTED_LAYOUT = "expected train|valid|test/CLASS/* or CLASS/* with PNG, JPEG or DICOM files"
 
 
-@dataclass(frozen=True)
+@config_class
 class IngestConfig:
     """Where scans come from and what is refused.
 
@@ -79,40 +87,21 @@ class IngestConfig:
     """
 
     source: str = PHANTOM
-    sha256: str | None = None
-    labels: dict[str, str] = field(default_factory=dict)
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    labels: dict[str, FolderName] = field(default_factory=dict)
     scans: Path = Path("data/scans")
     table: Path = Path("data/ingest.json")
     phantom_config: Path = Path("configs/phantom.yaml")
-    max_download_bytes: int = 8 * 2**30
-    max_unpacked_bytes: int = 32 * 2**30
-    max_files: int = 500_000
-    max_compression_ratio: float = 100.0
-    timeout_s: float = 30.0
+    max_download_bytes: PositiveInt = 8 * 2**30
+    max_unpacked_bytes: PositiveInt = 32 * 2**30
+    max_files: PositiveInt = 500_000
+    max_compression_ratio: Annotated[float, Field(ge=1)] = 100.0
+    timeout_s: PositiveFloat = 30.0
 
     @property
     def overrides(self) -> Path:
         """YAML to write beside `table` for the later stages; see `training.common.config`."""
         return self.table.with_name("overrides.yaml")
-
-    def __post_init__(self) -> None:
-        """Refuse limits and names that cannot be meant.
-
-        Raises:
-            ValueError: A limit not positive, a hash that is none, a label that is no folder name.
-        """
-        for name in ("max_download_bytes", "max_unpacked_bytes", "max_files", "timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
-        if self.max_compression_ratio < 1:
-            raise ValueError(
-                f"max_compression_ratio is {self.max_compression_ratio}: expected >= 1"
-            )
-        if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
-            raise ValueError(f"sha256 is {self.sha256!r}: expected 64 hexadecimal digits")
-        for folder, label in self.labels.items():
-            if not isinstance(label, str) or not re.fullmatch(r"[^/\\\x00.][^/\\\x00]*", label):
-                raise ValueError(f"label {label!r} for {folder!r}: expected a plain folder name")
 
 
 @dataclass(frozen=True)

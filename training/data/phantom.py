@@ -14,10 +14,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from tqdm import tqdm
@@ -26,7 +28,7 @@ from chestct.contract import LUNG_WINDOW
 from chestct.imaging.scan import apply_window
 from training.common.atomic_io import replaced
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import Share, config_class, load_config
 from training.data.dataset import SPLITS
 from training.data.phantom_anatomy import (
     RESCALE_INTERCEPT_HU,
@@ -50,7 +52,7 @@ LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.car
 NOTICE = "Synthetic phantom drawn by a program. Not a patient. Not for diagnosis."
 
 
-@dataclass(frozen=True)
+@config_class
 class PhantomConfig:
     """How many phantoms to write.
 
@@ -65,32 +67,13 @@ class PhantomConfig:
         seed: First number of the anatomies; the same seed writes the same bytes.
     """
 
-    train: int = 60
-    valid: int = 16
-    test: int = 24
-    dicom_fraction: float = 0.25
-    variety: float = 1.0
-    lesion_scale: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no folder can have.
-
-        Raises:
-            ValueError: A negative number, no training slice, or a fraction outside 0 to 1.
-        """
-        if self.train < 1 or min(self.valid, self.test, self.seed) < 0:
-            raise ValueError(
-                f"train {self.train}, valid {self.valid}, test {self.test}, seed {self.seed}: "
-                "expected train of at least 1 and no negative number"
-            )
-        if not 0 <= self.dicom_fraction <= 1:
-            raise ValueError(f"dicom_fraction is {self.dicom_fraction}: expected 0 to 1")
-        if not 0 < self.variety <= 1 or not 0.5 <= self.lesion_scale <= 2.5:
-            raise ValueError(
-                f"variety {self.variety}, lesion_scale {self.lesion_scale}: expected more than 0 "
-                "and at most 1, and 0.5 to 2.5"
-            )
+    train: PositiveInt = 60
+    valid: NonNegativeInt = 16
+    test: NonNegativeInt = 24
+    dicom_fraction: Share = 0.25
+    variety: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lesion_scale: Annotated[float, Field(ge=0.5, le=2.5)] = 1.0
+    seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)

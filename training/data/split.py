@@ -13,22 +13,20 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field, NonNegativeInt
 
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import SPLITS
 from training.data.duplicates import group_equal, join_groups
 from training.data.ingest import ScanFile, list_scan_folder, read_table
 
-PROTOCOLS = ("auto", "official", "grouped")
-DROPPED = "dropped"
 # Few series make a class, and one that validates is missed in training, while validation only
 # cools the softmax and places the domain's threshold: so many parts are dealt, and the one that
 # takes least of any class validates.
@@ -38,7 +36,17 @@ IntArray = npt.NDArray[np.int64]
 StrArray = npt.NDArray[np.str_]
 
 
-@dataclass(frozen=True)
+def _with_one_group(pattern: str) -> str:
+    try:
+        num_groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"expected a regular expression ({error})") from error
+    if num_groups != 1:
+        raise ValueError(f"has {num_groups} groups: expected one")
+    return pattern
+
+
+@config_class
 class SplitConfig:
     """How scans are dealt.
 
@@ -59,50 +67,28 @@ class SplitConfig:
             a tenth of them, group by group, which validates.
         fold: Which part tests, 0 to folds - 1.
         seed: Of the grouped dealing.
-        drop_duplicates: Keep one scan of each near-duplicate group: the first of train, then of
-            valid, then of test.
-        allow_overlap: Whether an official split may have near duplicates (or members of a group
-            of `group_file`) in two splits. They are recorded either way.
     """
 
     scans: Path = Path("data/scans")
     table: Path = Path("data/ingest.json")
     groups: Path = Path("results/audit/groups.csv")
     output: Path = Path("results/split")
-    protocol: str = "auto"
-    group_pattern: str = r"\d{6}(?: \((\d+)\))?\.\w+"
+    protocol: Literal["auto", "official", "grouped"] = "auto"
+    group_pattern: Annotated[str, AfterValidator(_with_one_group)] = r"\d{6}(?: \((\d+)\))?\.\w+"
     group_file: Path | None = None
-    group_columns: tuple[str, ...] = ("group",)
-    folds: int = 5
-    fold: int = 0
-    seed: int = 0
-    drop_duplicates: bool = False
-    allow_overlap: bool = True
+    group_columns: Annotated[tuple[str, ...], Field(min_length=1)] = ("group",)
+    folds: Annotated[int, Field(ge=3)] = 5
+    fold: NonNegativeInt = 0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be dealt.
+        """Refuse a fold that does not exist.
 
         Raises:
-            ValueError: An unknown protocol, a pattern without exactly one group, or a fold that
-                does not exist.
+            ValueError: `fold` is not below `folds`.
         """
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol is {self.protocol!r}: expected one of {PROTOCOLS}")
-        try:
-            num_groups = re.compile(self.group_pattern).groups
-        except re.error as error:
-            raise ValueError(f"group_pattern {self.group_pattern!r}: {error}") from error
-        if num_groups != 1:
-            raise ValueError(
-                f"group_pattern {self.group_pattern!r} has {num_groups} groups: expected one"
-            )
-        if self.folds < 3 or not 0 <= self.fold < self.folds:
-            raise ValueError(
-                f"folds {self.folds}, fold {self.fold}: expected at least 3 folds and a fold "
-                f"from 0 to folds - 1"
-            )
-        if not self.group_columns:
-            raise ValueError("group_columns is empty: expected at least one column")
+        if self.fold >= self.folds:
+            raise ValueError(f"fold is {self.fold}: expected 0 to {self.folds - 1}")
 
 
 def read_near_groups(path: Path, files: Sequence[ScanFile]) -> IntArray:
@@ -218,14 +204,6 @@ def find_overlaps(splits: StrArray, groups: IntArray) -> dict[str, int]:
     }
 
 
-def _drop_duplicates(splits: StrArray, near: IntArray) -> StrArray:
-    order = np.argsort([SPLITS.index(split) for split in splits], kind="stable")
-    _, first = np.unique(near[order], return_index=True)
-    kept = np.full(len(splits), DROPPED, dtype="U7")
-    kept[order[first]] = splits[order[first]]
-    return kept
-
-
 def split_scans(
     files: Sequence[ScanFile], near: IntArray, listed: Sequence[IntArray], config: SplitConfig
 ) -> tuple[StrArray, IntArray, dict[str, Any]]:
@@ -242,15 +220,14 @@ def split_scans(
         config: The protocol and its numbers.
 
     Returns:
-        Splits (N,), `dropped` for duplicates left out; groups int64 (N,); the facts.
+        Splits (N,); groups int64 (N,); the facts.
 
     Raises:
-        ValueError: The source has no official split, a class is missing in train, or a group
-            lies in two splits and may not.
+        ValueError: The source has no official split, or a class is missing in train.
     """
     labels = np.array([file.label for file in files])
     has_splits = {file.split for file in files} == set(SPLITS)
-    protocol = config.protocol
+    protocol: str = config.protocol
     if protocol == "auto":
         protocol = "official" if has_splits else "grouped"
     if protocol == "official" and not has_splits:
@@ -266,11 +243,9 @@ def split_scans(
         groups, splits = joined, np.array([str(file.split) for file in files])
     else:
         groups, splits = with_series, deal_grouped(labels, with_series, config)
-    if config.drop_duplicates:
-        splits = _drop_duplicates(splits, near)
     overlaps = find_overlaps(splits, groups)
-    if any(overlaps.values()) and (protocol == "grouped" or not config.allow_overlap):
-        raise ValueError(f"groups on two sides: {_shown(overlaps)}; use protocol: grouped")
+    if protocol == "grouped" and any(overlaps.values()):
+        raise ValueError(f"groups on two sides: {_shown(overlaps)}")
     counts = {
         split: {
             str(label): int(((splits == split) & (labels == label)).sum())
@@ -291,7 +266,6 @@ def split_scans(
         ),
         "counts": counts,
         "num_groups": int(groups.max()) + 1,
-        "dropped_duplicates": int((splits == DROPPED).sum()),
         "overlaps": overlaps,
         "overlaps_with_series": find_overlaps(splits, with_series),
     }
@@ -326,8 +300,7 @@ def write_split(config: SplitConfig) -> dict[str, Any]:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow(["path", "label", "split", "group"])
         for file, split, group in zip(files, splits.tolist(), groups.tolist(), strict=True):
-            if split != DROPPED:
-                writer.writerow([file.path, file.label, split, group])
+            writer.writerow([file.path, file.label, split, group])
     write_json(config.output / "split.json", facts)
     return facts
 

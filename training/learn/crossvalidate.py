@@ -1,8 +1,8 @@
-"""The same training once for each fold of the grouped dealing, every scan answered by a stranger.
+"""Grouped cross-validation: out-of-fold predictions of the training's settings.
 
-No near duplicate, series or group of a group file lies in two folds, so each scan is answered by
-a network that has seen nothing of its patient that can be known. The answers are kept in one
-table; `training evaluate --protocol grouped` scores them.
+No near duplicate, series or group of a group file lies in two folds: each scan is predicted by a
+network that has seen no known relative of it. `training evaluate --protocol grouped` scores the
+predictions, which are kept in one table.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import predict_outputs, read_split
 from training.data.split import SplitConfig, write_split
 from training.learn.fit import FitConfig, fit, settings_hash
@@ -30,13 +29,13 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("path", "label", "group", "fold", "domain_distance", "in_domain")
 
 
-@dataclass(frozen=True)
+@config_class
 class CrossValidateConfig:
-    """What `training crossvalidate` is told.
+    """Settings of `training crossvalidate`.
 
     Attributes:
         fit: Config of the training that is repeated; its scans are used.
-        split: Config of the grouped dealing; its number of folds and its seed are used.
+        split: Config of the grouped split; its number of folds and its seed are used.
         output: Folder for one folder a fold, answers.csv and crossvalidate.json.
     """
 
@@ -46,14 +45,14 @@ class CrossValidateConfig:
 
 
 def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: SplitConfig) -> Path:
-    """Train on all folds but one, answer that one, for each fold; the table of all answers.
+    """Train on all folds but one and predict that one, for each fold.
 
     A fold that is done is not done again, and an interrupted one goes on from its last epoch.
 
     Args:
         config: Output folder.
         fit_config: The training; its split and output are replaced.
-        split: The dealing; protocol and fold are replaced.
+        split: The split; protocol and fold are replaced.
 
     Returns:
         Path of answers.csv: path, label, group, fold, domain_distance, in_domain, and one column
@@ -64,15 +63,17 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
         chestct.errors.ScanDecodeError: A scan cannot be read.
         OSError: The output cannot be written.
     """
+    record_file = config.output / "crossvalidate.json"
+    record_file.unlink(missing_ok=True)  # what is not complete must not be evaluated
     rows: list[list[str]] = []
     records = []
     names: list[str] = []
     for fold in range(split.folds):
         folder = config.output / f"fold-{fold}"
-        dealt = dataclasses.replace(
+        of_split = dataclasses.replace(
             split, protocol="grouped", fold=fold, scans=fit_config.scans, output=folder / "split"
         )
-        facts = write_split(dealt)
+        facts = write_split(of_split)
         key = {
             "settings": settings_hash(fit_config),
             "split": hashlib.sha256((folder / "split/split.csv").read_bytes()).hexdigest(),
@@ -88,7 +89,7 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
             # By this tag `training compare` leaves the folds out: no one of them is a
             # candidate.
             with tagged_runs({FOLD_TAG: f"{fold + 1} of {split.folds}"}):
-                _answer_fold(of_fold, folder, fold)
+                _predict_fold(of_fold, folder, fold)
             write_json(done, {"key": key, "seconds": time.monotonic() - started})
         record = json.loads(done.read_text())
         records.append(record | {"run": json.loads((folder / "train/run.json").read_text())["run"]})
@@ -102,13 +103,13 @@ def cross_validate(config: CrossValidateConfig, fit_config: FitConfig, split: Sp
     ):
         csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *names], *rows])
     write_json(
-        config.output / "crossvalidate.json",
+        record_file,
         {"settings": settings_hash(fit_config), "folds": records, "seed": split.seed},
     )
     return config.output / "answers.csv"
 
 
-def _answer_fold(config: FitConfig, folder: Path, fold: int) -> None:
+def _predict_fold(config: FitConfig, folder: Path, fold: int) -> None:
     fit(config)
     model, facts = load_trained(config.output)
     test = read_split(config.scans, config.split, facts.window)["test"]
@@ -129,7 +130,7 @@ def _answer_fold(config: FitConfig, folder: Path, fold: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and answer every fold of the grouped dealing."""
+    """Train on all folds but one and predict that one, for each fold."""
     parser = command_parser("training crossvalidate", main.__doc__, "configs/crossvalidate.yaml")
     parser.add_argument("--fit", type=Path, help="instead of the config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")

@@ -1,33 +1,35 @@
-"""Narrow students of the trained network: pruned, then taught its answers. Each is a run."""
+"""Distill narrow students: prune the trained network, then train on its outputs."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from chestct.contract import ModelFacts
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config, plain_settings
+from training.common.config import config_class, load_config, plain_settings
 from training.common.metrics import macro_auroc
 from training.data.dataset import ScanSet, read_split
-from training.learn.fit import (
-    FitConfig,
+from training.learn.fit import FitConfig
+from training.learn.resumable import write_history
+from training.learn.trainer import (
     cosine_decay,
     dtype_policy,
+    epoch_batches,
     head_logits,
+    in_turn,
     predict,
     trainable_twin,
-    write_history,
 )
 from training.network.activation_cache import Activations, augmented_copy, cached_activations
 from training.network.calibrate import (
@@ -57,9 +59,20 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+def _fitting(widths: tuple[int, ...]) -> tuple[int, ...]:
+    if len(widths) != len(VGG16_WIDTHS) or any(
+        not 1 <= width <= full for width, full in zip(widths, VGG16_WIDTHS, strict=True)
+    ):
+        raise ValueError(f"expected 13 whole numbers, at most {list(VGG16_WIDTHS)}")
+    return widths
+
+
+Widths = Annotated[tuple[int, ...], AfterValidator(_fitting)]
+
+
+@config_class
 class DistillConfig:
-    """What `training distill` is told.
+    """Settings of `training distill`.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
@@ -90,42 +103,21 @@ class DistillConfig:
     fit: Path = Path("configs/train.yaml")
     output: Path = Path("results/students")
     cache: Path = Path(".cache")
-    students: dict[str, Any] = field(default_factory=dict)
-    pruning_scans: int = 128
-    first_trained_block: int = 3
-    epochs: int = 30
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    temperature: float = 2.0
-    map_weight: float = 2.0
-    accepted: float = 0.95
+    students: Annotated[dict[str, Widths], Field(min_length=1)] = field(kw_only=True)
+    pruning_scans: PositiveInt = 128
+    first_trained_block: Annotated[int, Field(ge=1, le=5)] = 3
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
+    temperature: PositiveFloat = 2.0
+    map_weight: NonNegativeFloat = 2.0
+    accepted: Annotated[float, Field(ge=0.5, le=1)] = 0.95
     seed: int = 7
-
-    def __post_init__(self) -> None:
-        """Refuse students that cannot be made.
-
-        Raises:
-            ValueError: No student, widths that are not 13 numbers, or a number out of range.
-        """
-        if not self.students:
-            raise ValueError("students is empty; expected {name: 13 widths}")
-        for name, widths in self.students.items():
-            fits = isinstance(widths, list | tuple) and len(widths) == len(VGG16_WIDTHS)
-            if not fits or any(
-                not isinstance(width, int) or not 1 <= width <= full
-                for width, full in zip(widths, VGG16_WIDTHS, strict=True)
-            ):
-                raise ValueError(
-                    f"student {name!r} has the widths {widths}; expected 13 whole numbers, at most "
-                    f"{list(VGG16_WIDTHS)}"
-                )
-        if self.first_trained_block not in range(1, 6):
-            raise ValueError(f"first_trained_block is {self.first_trained_block}; expected 1 to 5")
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student is shown in one epoch.
+    """Input and target of one epoch.
 
     Attributes:
         scans: uint8 (N, 224, 224, 1).
@@ -145,7 +137,7 @@ def lessons_of(
     tail = map_from(teacher, fit.first_trained_block)
     lessons = []
     for copy in range(fit.augmented_copies + 1):
-        scans = augmented_copy(train.pixels, copy, fit.limits(), fit.seed)
+        scans = augmented_copy(train.pixels, copy, fit.augmentation, fit.seed)
         title = f"frozen layers, copy {copy} of {fit.augmented_copies}"
         entering = cached_activations(prefix, scans, cache / "activations", title)
         lessons.append(Lesson(scans, predict(tail, entering, f"teacher, copy {copy}")))
@@ -169,33 +161,6 @@ def distillation_loss(temperature: float, map_weight: float, map_scale: float) -
         return temperature**2 * answer + map_weight * place
 
     return loss
-
-
-def batches_of(
-    inputs: Activations | npt.NDArray[np.uint8],
-    maps: Floats,
-    order: npt.NDArray[np.int64],
-    batch_size: int,
-) -> Any:
-    """One epoch for `keras.Model.fit`: (input, map) a batch.
-
-    Args:
-        inputs: (N, ...), what the trained part of the student reads.
-        maps: float32 (N, 14, 14, C), the teacher's.
-        order: int64 (N,), the scans in the order in which batches are filled.
-        batch_size: Scans in a batch; the last one holds what is left.
-    """
-    import keras
-
-    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-        def __len__(self) -> int:
-            return math.ceil(len(order) / batch_size)
-
-        def __getitem__(self, index: int) -> tuple[Any, Any]:
-            chosen = order[index * batch_size : (index + 1) * batch_size]
-            return inputs[chosen], maps[chosen]
-
-    return Batches(workers=1)
 
 
 def teach(
@@ -242,11 +207,15 @@ def teach(
     history = [{"epoch": 0} | _scores(trainer, valid_shown, valid_set, valid_maps)]
     run.log_metrics(history[0], step=0)
     for epoch in range(1, config.epochs + 1):
-        lesson = epoch % len(lessons)
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(shown[lesson]))
         trainer.optimizer.learning_rate = config.learning_rate * cosine_decay(epoch, config.epochs)
         fitted = trainer.fit(
-            batches_of(shown[lesson], lessons[lesson].maps, order, config.batch_size),
+            epoch_batches(
+                in_turn(shown, epoch),
+                in_turn(lessons, epoch).maps,
+                epoch=epoch,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            ),
             shuffle=False,
             verbose="auto" if sys.stderr.isatty() else 0,
         )
@@ -305,7 +274,7 @@ def distill(config: DistillConfig) -> list[Path]:
         with tracked_run(f"student-{name}") as run:
             run.log_params({"widths": list(widths), "teacher": facts.run})
             run.log_params({f"distill.{key}": value for key, value in _settings(config).items()})
-            student = pruned(teacher, tuple(widths), train.pixels[chosen], seed=config.seed)
+            student = pruned(teacher, widths, train.pixels[chosen], seed=config.seed)
             pruned_s = time.monotonic() - started
             history = teach(student, lessons, (valid, valid_maps), config, run, policy)
             final, student_facts = _calibrated(student, facts, train, valid, config, run)
@@ -349,7 +318,7 @@ def _calibrated(
 
 
 def _settings(config: DistillConfig) -> dict[str, Any]:
-    """What decides a student, but for its widths."""
+    """The settings that decide the result, but for the widths."""
     return plain_settings(config, without=("output", "cache", "students"))
 
 

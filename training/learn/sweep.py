@@ -1,4 +1,4 @@
-"""A small grid of trainings, compared by what they score on the validation scans.
+"""Grid search over training settings, ranked by scores on the validation scans.
 
 Each point is one `training fit` in a process of its own, so that one that runs out of memory
 or fails does not take the others with it. The test scans are never scored. `dvc exp run` would run
@@ -23,11 +23,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from training.common.atomic_io import write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import config_from_mapping, load_config, plain_settings, read_mapping
+from training.common.config import (
+    Name,
+    config_class,
+    config_from_mapping,
+    load_config,
+    plain_settings,
+    read_mapping,
+)
 from training.learn.fit import FitConfig, fit
 from training.track.compare import print_comparison
 from training.track.mlflow_run import tagged_runs
@@ -36,11 +45,12 @@ from training.track.ranking import CompareConfig
 logger = logging.getLogger(__name__)
 
 GRACE_S = 10
+Values = Annotated[list[Any], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@config_class
 class SweepConfig:
-    """What `training sweep` is told.
+    """Settings of `training sweep`.
 
     Attributes:
         name: The tag `sweep` of its runs, for `python -m training compare --sweep NAME`.
@@ -51,25 +61,20 @@ class SweepConfig:
         output: Folder for one folder a point, and for the comparison.
     """
 
-    name: str = "sweep"
+    name: Name = "sweep"
     base: Path = Path("configs/train.yaml")
-    grid: dict[str, Any] = field(default_factory=dict)
-    metric: str = "balanced_accuracy"
+    grid: Annotated[dict[str, Values], Field(min_length=1)] = field(kw_only=True)
+    metric: Name = "balanced_accuracy"
     output: Path = Path("results/sweep")
 
     def __post_init__(self) -> None:
-        """Refuse a grid without values, and names that cannot be searched for.
+        """Refuse to try folders.
 
         Raises:
-            ValueError: The message names the key.
+            ValueError: The grid names a folder.
         """
-        CompareConfig(metric=self.metric, sweep=self.name)
-        if not self.grid:
-            raise ValueError("grid is empty; expected for example {dropout: [0.3, 0.5]}")
-        for key, values in self.grid.items():
-            if not isinstance(values, list) or not values:
-                raise ValueError(f"grid: {key} is {values!r}; expected a list of values")
-            if key in ("output", "cache"):
+        for key in ("output", "cache"):
+            if key in self.grid:
                 raise ValueError(f"grid: {key} says where files are kept; expected what decides")
 
 
@@ -90,7 +95,7 @@ class Point:
         """The file that says that the point is finished."""
         return self.fit.output / "point.json"
 
-    def in_words(self) -> str:
+    def __str__(self) -> str:
         """The settings on one line."""
         return ", ".join(f"{key} {value}" for key, value in self.settings.items())
 
@@ -159,16 +164,16 @@ def sweep(config: SweepConfig) -> list[str]:
     for index, point in enumerate(points, start=1):
         where = f"point {index} of {len(points)}"
         if point.record.is_file():
-            logger.info("%s: finished before: %s", where, point.in_words())
+            logger.info("%s: finished before: %s", where, point)
             continue
         elapsed_s = time.monotonic() - started
         waiting = sum(not later.record.is_file() for later in points[index - 1 :])
         rest = f", about {_minutes(elapsed_s / trained * waiting)} left" if trained else ""
-        logger.info("%s (%s so far%s): %s", where, _minutes(elapsed_s), rest, point.in_words())
+        logger.info("%s (%s so far%s): %s", where, _minutes(elapsed_s), rest, point)
         failure = _trained_apart(point, {"sweep": config.name})
         trained += 1
         if failure:
-            failures.append(f"{where} ({point.in_words()}) {failure}")
+            failures.append(f"{where} ({point}) {failure}")
             logger.info("%s", failures[-1])
             continue
         run = json.loads((point.fit.output / "run.json").read_text())["run"]
@@ -181,7 +186,7 @@ def sweep(config: SweepConfig) -> list[str]:
 
 
 def _trained_apart(point: Point, tags: Mapping[str, str]) -> str | None:
-    """Train in a process of its own; what went wrong, in words."""
+    """Train in a process of its own; returns the reason of a failure."""
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_train, args=(point.fit, tags))
     process.start()

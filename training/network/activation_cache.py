@@ -1,4 +1,4 @@
-"""Activations of the frozen layers, computed once for each scan and kept on disk."""
+"""Cache of the frozen layers' activations, one file a scan."""
 
 from __future__ import annotations
 

@@ -1,18 +1,21 @@
-"""Random changes that a chest-CT slice may undergo without becoming another class."""
+"""Random augmentation of chest-CT slices: geometry, contrast and brightness."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import Field, NonNegativeFloat
+
+from training.common.config import Share, config_class
 
 Scan = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@config_class
 class Augmentation:
     """How far a scan may be changed; each value is drawn uniformly within its limits.
 
@@ -29,12 +32,12 @@ class Augmentation:
         mirror: Probability of a left-to-right mirror image.
     """
 
-    rotation_deg: float = 10.0
-    shift: float = 0.06
-    scale: float = 0.15
-    contrast: float = 0.40
-    brightness: float = 0.20
-    mirror: float = 0.5
+    rotation_deg: NonNegativeFloat = 10.0
+    shift: Share = 0.06
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    contrast: Share = 0.40
+    brightness: Share = 0.20
+    mirror: Share = 0.5
 
 
 def augment(scan: Scan, limits: Augmentation, rng: np.random.Generator) -> Scan:

@@ -1,4 +1,4 @@
-"""What is fitted after the weights: the temperature, the domain, and its threshold."""
+"""Calibration after training: softmax temperature, domain model and its threshold."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def fit_temperature(logits: Floats, labels: Labels) -> float:
 
 
 def profiles(features: Floats) -> Floats:
-    """Which channels speak, not how loudly: float32 (N, F) of pooled features (N, F).
+    """Square-root channel shares (Hellinger transform): float32 (N, F) of pooled features (N, F).
 
     Each feature's share of the scan's total, and the square root of that: the Hellinger
-    transformation of Legendre and Gallagher 2001, with a floor for silent channels. Contrast and
+    transformation of Legendre and Gallagher 2001, with a floor for inactive channels. Contrast and
     window of a slice scale all features alike and cancel out. On the features themselves the
     distance missed a third of what is no chest CT; see benchmarks/results/README.md.
     """

@@ -1,4 +1,4 @@
-"""A narrower VGG-16 from a trained one: channels are chosen and removed, kernels are refitted."""
+"""Prune VGG-16 to narrower layers: choose and remove channels, refit the kernels."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _sampled_places(
 
 
 def _patches(maps: Floats, rows: Indices, columns: Indices, size: int) -> Floats:
-    """What a kernel of `size` sees at the places: float32 (N * places, size * size * C)."""
+    """Input patches of a kernel of `size` at the places: float32 (N * places, size * size * C)."""
     margin = size // 2
     parts = []
     for scan, row, column in zip(maps, rows, columns, strict=True):

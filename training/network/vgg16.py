@@ -21,7 +21,7 @@ VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 CONVOLUTIONS_OF_BLOCK = (2, 2, 3, 3, 3)
 # Mean of ImageNet in BGR, subtracted from 0..255: keras.applications.imagenet_utils, mode "caffe".
 VGG_MEAN_BGR = (103.939, 116.779, 123.68)
-# Keeps the slope of the square root finite where a channel is silent; a hundredth of a mean share.
+# Keeps the slope of the square root finite for an inactive channel; a hundredth of a mean share.
 SHARE_FLOOR = 0.01
 GREY_CENTER = 128.0  # what a compressed network subtracts: then a scan is exactly a signed byte
 
@@ -108,8 +108,8 @@ def build_classifier(
         num_classes, 1, kernel_initializer="zeros", dtype="float32", name="activation_map"
     )(features)
     logits = layers.GlobalAveragePooling2D(dtype="float32", name="logits")(activation_map)
-    cooled = layers.Rescaling(1.0 / temperature, dtype="float32", name="temperature")(logits)
-    probabilities = layers.Softmax(dtype="float32", name="probabilities")(cooled)
+    scaled = layers.Rescaling(1.0 / temperature, dtype="float32", name="temperature")(logits)
+    probabilities = layers.Softmax(dtype="float32", name="probabilities")(scaled)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="pooled_features")(features)
     share = pooled / (keras.ops.sum(pooled, axis=-1, keepdims=True) + 1e-6)
     profile = keras.ops.sqrt(share + SHARE_FLOOR / widths[-1])
@@ -203,7 +203,7 @@ def set_domain(model: keras.Model, domain: DomainFit) -> None:
 
 
 def with_temperature(model: keras.Model, temperature: float) -> keras.Model:
-    """A copy of a classifier whose softmax is cooled by `temperature`."""
+    """A copy of a classifier with a temperature-scaled softmax."""
     num_classes = model.output["probabilities"].shape[-1]
     copy = build_classifier(num_classes, temperature, widths_of(model))
     copy.set_weights(model.get_weights())

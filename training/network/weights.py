@@ -1,4 +1,4 @@
-"""Starting weights of the VGG-16 convolutions, and where they came from."""
+"""Load pretrained weights of the VGG-16 convolutions, and record their source."""
 
 from __future__ import annotations
 

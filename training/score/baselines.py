@@ -1,4 +1,4 @@
-"""Answers that need no network: what a score must be compared with before it means anything.
+"""Trivial baselines that need no network; a score means something only beside them.
 
 Each takes the training scans and the pixels to answer, uint8 (N, 224, 224, 1), and gives
 probabilities float32 (N, C).

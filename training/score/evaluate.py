@@ -1,4 +1,4 @@
-"""What a trained model is worth, under each protocol, beside what needs no model at all."""
+"""Evaluate a trained model under each protocol, beside baselines that need no network."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from typing import Any
 
 from training.common.atomic_io import replaced, without_nan, write_json
 from training.common.cli import command_parser, run_command
-from training.common.config import load_config
+from training.common.config import config_class, load_config
 from training.data.dataset import predict_outputs, read_split
-from training.data.split import SplitConfig
-from training.learn.crossvalidate import CrossValidateConfig, cross_validate
-from training.learn.fit import FitConfig, settings_hash
 from training.network.vgg16 import load_trained
 from training.score.ood import check_domain
 from training.score.protocols import (
+    CROSS_VALIDATE,
     Protocol,
     external_protocols,
     grouped_protocols,
     official_protocols,
+    read_cross_validation,
 )
 from training.score.report import HEADLINE, draw_plots, report
-from training.score.shortcuts import check_shortcuts
+from training.score.shortcuts.report import check_shortcuts
 from training.track.mlflow_run import tracked_run
 
 logger = logging.getLogger(__name__)
@@ -36,16 +35,16 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = ("official", "grouped", "external", "all")
 
 
-@dataclass(frozen=True)
+@config_class
 class EvaluateConfig:
-    """What `training evaluate` is told.
+    """Settings of `training evaluate`.
 
     Attributes:
         scans: Folder that the split file's paths are relative to.
         split: CSV with path, label, split, group.
         protocol: How the split was made, the record that `training split` writes beside it.
         model: Folder that `training fit` wrote.
-        crossvalidate: Config of `training crossvalidate`, for the grouped protocol.
+        grouped: Folder that `training crossvalidate` wrote, for the grouped protocol.
         output: Folder for scores and plots.
     """
 
@@ -53,13 +52,13 @@ class EvaluateConfig:
     split: Path = Path("results/split/split.csv")
     protocol: Path = Path("results/split/split.json")
     model: Path = Path("results/train")
-    crossvalidate: Path = Path("configs/crossvalidate.yaml")
+    grouped: Path = Path("results/grouped")
     output: Path = Path("results/evaluate")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What is scored beside the model's own test split; None leaves it out.
+    """Data scored beside the model's own test split; None leaves it out.
 
     Attributes:
         grouped: Folder that `training crossvalidate` wrote.
@@ -100,9 +99,11 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
         raise ValueError(
             f"{config.split} has the classes {test.names}, the model {facts.labels}; train again"
         )
-    made_by = json.loads(config.protocol.read_text())["protocol"]
+    split = json.loads(config.protocol.read_text())
+    if sources.grouped is not None:
+        require_same_training(sources.grouped, config.model, split.get("data_hash"))
     # `grouped` is the cross-validation, in which every scan is a test scan once.
-    name = "grouped_fold" if made_by == "grouped" else made_by
+    name = "grouped_fold" if split["protocol"] == "grouped" else split["protocol"]
     outputs = predict_outputs(model, test.pixels, "test scans")
     protocols = official_protocols(name, facts, sets, outputs["probabilities"])
     if sources.grouped is not None:
@@ -174,26 +175,22 @@ def write_predictions(path: Path, protocols: list[Protocol]) -> None:
                 ])  # fmt: skip
 
 
-def crossvalidated(config: EvaluateConfig, groups: dict[str, Any]) -> Path:
-    """The folder of the cross-validation of the model's own settings; what lacks is trained.
+def require_same_training(folder: Path, model: Path, data_hash: str | None) -> None:
+    """Refuse a cross-validation that is missing, or of another training than the model's.
 
     Args:
-        config: Of the evaluation.
-        groups: Fields of `SplitConfig` that replace the config's: group_file, group_columns.
+        folder: Output of `training crossvalidate`.
+        model: Output of `training fit`.
+        data_hash: Of the scans that the model was trained on; None where no table tells.
 
     Raises:
-        ValueError: The model was trained with other settings than the cross-validation.
+        ValueError: The message says which command to run.
     """
-    chosen = load_config(CrossValidateConfig, config.crossvalidate)
-    fit_config = load_config(FitConfig, chosen.fit)
-    trained = json.loads((config.model / "run.json").read_text()).get("settings")
-    if trained != settings_hash(fit_config):
-        raise ValueError(
-            f"{config.model} was trained with other settings than {chosen.fit} has now; train "
-            "again, or name the config of its training in the config of the cross-validation"
-        )
-    split = dataclasses.replace(load_config(SplitConfig, chosen.split), **groups)
-    return cross_validate(chosen, fit_config, split).parent
+    found = read_cross_validation(folder)
+    if found["settings"] != json.loads((model / "run.json").read_text()).get("settings"):
+        raise ValueError(f"{folder} was trained with other settings than {model}; {CROSS_VALIDATE}")
+    if any(fold["key"]["data"] != data_hash for fold in found["folds"]):
+        raise ValueError(f"{folder} was trained on other scans than {model}; {CROSS_VALIDATE}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,8 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         "--protocol",
         choices=PROTOCOLS,
         default="official",
-        help="official: the model's own test split; grouped: also a cross-validation, which "
-        "trains what it lacks; external: also another source; all: whatever is given",
+        help="official: the model's own test split; grouped: also the folds of `training "
+        "crossvalidate`; external: also another source; all: whatever is given",
     )
     parser.add_argument("--external", type=Path, help="folder CLASS/* of another source")
     parser.add_argument("--foreign", type=Path, help="folder KIND/* of what is no chest CT")
@@ -212,8 +209,6 @@ def main(argv: list[str] | None = None) -> int:
         "--chest", type=Path, nargs="+", default=[], help="more axial chest slices, with --foreign"
     )
     parser.add_argument("--boxes", type=Path, help="folder of DICOM slices with boxed tumours")
-    parser.add_argument("--group-file", type=Path, help="instead of the split config's")
-    parser.add_argument("--group-columns", nargs="+", help="instead of the split config's")
     parser.add_argument("--output", type=Path, help="instead of the config's")
     arguments = parser.parse_args(argv)
     if arguments.protocol == "external" and arguments.external is None:
@@ -225,14 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(EvaluateConfig, arguments.config)
         if arguments.output:
             config = dataclasses.replace(config, output=arguments.output)
-        groups: dict[str, Any] = {}
-        if arguments.group_file:
-            groups["group_file"] = arguments.group_file
-        if arguments.group_columns:
-            groups["group_columns"] = tuple(arguments.group_columns)
-        grouped = arguments.protocol in ("grouped", "all")
         sources = Sources(
-            grouped=crossvalidated(config, groups) if grouped else None,
+            grouped=config.grouped if arguments.protocol in ("grouped", "all") else None,
             external=arguments.external,
             foreign=arguments.foreign,
             chest=tuple(arguments.chest),
@@ -240,4 +229,4 @@ def main(argv: list[str] | None = None) -> int:
         )
         sys.stdout.write(report(evaluate(config, sources)))
 
-    return run_command(work, interrupted="interrupted: run the same command again to go on")
+    return run_command(work)

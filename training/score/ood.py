@@ -1,4 +1,4 @@
-"""How well the model and the client know what is no axial chest-CT slice.
+"""Out-of-distribution detection: how well the model and the client reject other images.
 
 Three things speak against a scan: the client refuses it (by DICOM tags, or because it holds no
 readable slice), the client's rules flag its picture, or its `domain_distance` lies above the

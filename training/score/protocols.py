@@ -1,4 +1,4 @@
-"""Who answered which scans after having seen what: the protocols under which a model is scored.
+"""Evaluation protocols: which scans are scored, and what the model has seen of them.
 
 A score means something only together with its protocol. Each one holds scans, the answers of the
 model and those of the baselines, which were fitted on the same training scans as the model.
@@ -19,10 +19,13 @@ from chestct.contract import ModelFacts
 from chestct.imaging.scan import list_scans
 from training.common.metrics import NORMAL, calibration_error, reliability, score
 from training.data.dataset import ScanSet, load_pixels, predict_outputs, read_split
-from training.learn.crossvalidate import COLUMNS
 from training.score.baselines import BASELINES
 
 Floats = npt.NDArray[np.float32]
+
+CROSS_VALIDATE = (
+    "run python -m training crossvalidate with the config and the overrides of the model"
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def official_protocols(
     """The test split as it is, and without scans that have a near duplicate in train or valid.
 
     Args:
-        name: `official`, or `grouped_fold` where the split is one fold of a grouped dealing.
+        name: `official`, or `grouped_fold` where the split is one fold of a grouped split.
         facts: Of the model.
         sets: train, valid and test.
         probabilities: float32 (N, C), the model's answers to test.
@@ -97,6 +100,19 @@ def official_protocols(
     whole = Protocol(name, test, answers, np.full(len(test), facts.temperature, np.float32))
     seen = np.isin(test.groups, np.union1d(train.groups, sets["valid"].groups))
     return [whole, whole.where(f"{name}_without_duplicates", ~seen)] if seen.any() else [whole]
+
+
+def read_cross_validation(folder: Path) -> dict[str, Any]:
+    """The record of a complete cross-validation.
+
+    Raises:
+        ValueError: There is none; the message says which command to run.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / "crossvalidate.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename}: no such file; {CROSS_VALIDATE}") from error
+    return record
 
 
 def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Protocol]:
@@ -111,22 +127,19 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
         ValueError: The table of answers is missing or does not belong to the folds.
         chestct.errors.ScanDecodeError: A scan cannot be read.
     """
-    try:
-        with (folder / "answers.csv").open(newline="", encoding="utf-8") as file:
-            rows = {row["path"]: row for row in csv.DictReader(file)}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: no answers.csv in it; run python -m training crossvalidate"
-        ) from error
-    names = tuple(key for key in next(iter(rows.values())) if key not in COLUMNS)
+    num_folds = len(read_cross_validation(folder)["folds"])
+    with (folder / "answers.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
     parts = []
-    for fold in sorted(folder.glob("fold-*")):
+    for fold in (folder / f"fold-{number}" for number in range(num_folds)):
         sets = read_split(scans, fold / "split/split.csv", facts.window)
         test, train = sets["test"], sets["train"]
-        if any(path not in rows for path in test.paths) or test.names != names:
+        if any(path not in rows for path in test.paths) or test.names != facts.labels:
             raise ValueError(f"{fold}: other scans than in {folder}/answers.csv; run it again")
         of_fold = ModelFacts.from_parameters(json.loads((fold / "train/facts.json").read_text()))
-        model = np.array([[rows[path][name] for name in names] for path in test.paths], np.float32)
+        model = np.array(
+            [[rows[path][name] for name in facts.labels] for path in test.paths], np.float32
+        )
         answers = {"model": model}
         answers |= {who: baseline(train, test.pixels) for who, baseline in BASELINES.items()}
         temperature = np.full(len(test), of_fold.temperature, np.float32)
@@ -136,7 +149,7 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
         np.concatenate([part.scans.labels for part in parts]),
         np.concatenate([part.scans.groups for part in parts]),
         tuple(path for part in parts for path in part.scans.paths),
-        names,
+        facts.labels,
     )
     whole = Protocol(
         "grouped",
@@ -192,7 +205,7 @@ def external_protocols(
             who: np.column_stack([answer[:, normal], 1 - answer[:, normal]])
             for who, answer in answers.items()
         }
-        # The temperature cools four logits, not these two: calibration is shown as served alone.
+        # The temperature scales four logits, not these two: only the served calibration is shown.
         ones = np.ones(len(labels), np.float32)
         protocols.append(Protocol(f"external_{name}", scans, two, ones))
     return protocols

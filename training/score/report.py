@@ -14,7 +14,7 @@ from training.common.markdown import plain, table
 from training.common.metrics import auroc
 from training.score.ood import report_lines as domain_lines
 from training.score.protocols import Protocol
-from training.score.shortcuts import report_lines as shortcut_lines
+from training.score.shortcuts.report import report_lines as shortcut_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -210,8 +210,8 @@ def main(argv: list[str] | None = None) -> int:
             _print_promotion(roll_back(), arguments.json)
             return
         config = CompareConfig(
-            arguments.protocol, arguments.metric, arguments.best, arguments.n, arguments.sweep,
-            arguments.output,
+            protocol=arguments.protocol, metric=arguments.metric, best=arguments.best,
+            n=arguments.n, sweep=arguments.sweep, output=arguments.output,
         )  # fmt: skip
         found = print_comparison(config, as_json=arguments.json)
         if arguments.promote is not None:

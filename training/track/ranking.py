@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from training.common.config import Name, config_class
 from training.track.mlflow_run import (
     EXPERIMENT,
     FOLD_TAG,
@@ -33,7 +33,7 @@ NO_PARAMETERS = ("temperature", "domain_threshold", "weights.sha256")
 NOT_LOGGED = "-"
 
 
-@dataclass(frozen=True)
+@config_class
 class CompareConfig:
     """Settings of `training compare`.
 
@@ -48,23 +48,12 @@ class CompareConfig:
         output: Folder for `compare.csv` and `compare.html`.
     """
 
-    protocol: str = "valid"
-    metric: str = "balanced_accuracy"
-    best: str = "auto"
+    protocol: Name = "valid"
+    metric: Name = "balanced_accuracy"
+    best: Literal["auto", "highest", "lowest"] = "auto"
     n: int | None = None
-    sweep: str | None = None
+    sweep: Name | None = None
     output: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse names that cannot stand in MLflow's search filter.
-
-        Raises:
-            ValueError: A name with other characters.
-        """
-        for key in ("protocol", "metric", "sweep"):
-            name = getattr(self, key)
-            if name is not None and not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"{key} is {name!r}; expected letters, digits, . _ -")
 
     @property
     def key(self) -> str:

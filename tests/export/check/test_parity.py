@@ -25,6 +25,7 @@ from export.check.parity import (
 )
 from export.convert.quantize import QuantizeConfig, write_int8
 from training.common.atomic_io import sha256_of
+from training.common.config import config_from_mapping
 from training.data.dataset import ScanSet
 from training.network.vgg16 import load_trained
 
@@ -380,15 +381,15 @@ def test_nothing_compared_is_a_failure():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engines": ("tensorflow",)}, "engines names \\['tensorflow'\\]"),
-        ({"engines": ()}, "engines is empty"),
-        ({"gate": {"recall": 0.9}}, "gate names \\['recall'\\]"),
-        ({"gate": {"label_agreement": "high"}}, "expected numbers"),
+        ({"engines": ["tensorflow"]}, "engines.0 is 'tensorflow': expected pattern"),
+        ({"engines": []}, "engines is .*: expected at least 1 item"),
+        ({"gate": {"recall": 0.9}}, r"gate: unknown keys \['recall'\]; allowed are"),
+        ({"gate": {"label_agreement": "high"}}, "gate.label_agreement is 'high': expected a valid"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        ParityConfig(**changes)
+        config_from_mapping(ParityConfig, changes, Path("parity.yaml"))
 
 
 def test_openvino_answers_as_onnx_runtime_does_in_fp32(exported, scan_batch):

@@ -31,6 +31,7 @@ from export.convert.engine import (
 )
 from export.convert.onnx import contract_differences
 from training.common.atomic_io import sha256_of
+from training.common.config import config_from_mapping
 
 
 @pytest.fixture
@@ -384,10 +385,10 @@ def test_plan_that_trtexec_built_gets_its_record(no_driver, config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "bf16"}, "expected one of"),
-        ({"min_batch": 4, "opt_batch": 2}, "expected 1 <= min <= opt <= max"),
+        ({"precision": "bf16"}, "expected 'fp32', 'fp16' or 'int8'"),
+        ({"min_batch": 4, "opt_batch": 2}, "expected min_batch <= opt_batch <= max_batch"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        EngineConfig(**changes)
+        config_from_mapping(EngineConfig, changes, Path("engine.yaml"))

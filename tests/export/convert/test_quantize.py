@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -27,6 +28,7 @@ from export.convert.quantize import (
     write_int8,
 )
 from training.common.atomic_io import sha256_of
+from training.common.config import config_from_mapping
 from training.data.dataset import ScanSet
 from training.network.vgg16 import VGG_MEAN_BGR, build_classifier
 
@@ -247,7 +249,7 @@ def test_no_scan_is_an_error(narrow, scan_batch):
     with pytest.raises(ValueError, match="no scan to calibrate on"):
         quantized(narrow, scan_batch[:0])
     with pytest.raises(ValueError, match="num_scans is 0"):
-        QuantizeConfig(num_scans=0)
+        config_from_mapping(QuantizeConfig, {"num_scans": 0}, Path("quantize.yaml"))
 
 
 def test_variant_is_complete_and_calibrated_on_training_scans(trained, exported, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from pydantic import TypeAdapter
 
 import training.common.atomic_io
 from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
@@ -20,6 +20,7 @@ from export.publish.repository import (
     GPU_ENGINES,
     RepositoryConfig,
     ServeConfig,
+    VariantConfig,
     config_pbtxt,
     main,
     parsed_config,
@@ -32,7 +33,7 @@ from export.publish.repository import (
 )
 from serving.local import LocalTriton
 from training.common.atomic_io import sha256_of
-from training.common.config import load_config
+from training.common.config import config_from_mapping, load_config
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 FACTS = ModelFacts.from_parameters(
@@ -229,19 +230,19 @@ def test_nothing_exported_gives_the_remedy(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warm_up": (64,)}, "warm_up is"),
+        ({"warm_up": [64]}, "warm_up is"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"keep_versions": 0}, "keep_versions is 0"),
         ({"max_queue_delay_us": -1}, "max_queue_delay_us is -1"),
-        ({"instances": 0}, "instances is 0 and threads 0"),
-        ({"threads": -1}, "instances is 1 and threads -1"),
-        ({"engine": "tensorflow"}, "engine is 'tensorflow'; expected one of .*'openvino'"),
+        ({"instances": 0}, "instances is 0: expected greater than 0"),
+        ({"threads": -1}, "threads is -1: expected"),
+        ({"engine": "tensorflow"}, "engine is 'tensorflow': expected .*'openvino'"),
     ],
 )
 def test_settings_that_triton_would_refuse(changes, message):
     with pytest.raises(ValueError, match=message):
-        RepositoryConfig(**changes)
+        config_from_mapping(RepositoryConfig, changes, Path("serve.yaml"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -389,9 +390,9 @@ def variants(trained, exported, tmp_path) -> ServeConfig:
         (folder / "parity.json").write_text(json.dumps(report))
     return ServeConfig(
         variants={
-            "fp32": {"folder": str(tmp_path / "results" / "fp32")},
-            "int8": {"folder": str(tmp_path / "results" / "int8"), "engine": "openvino"},
-            "compressed": {"folder": str(tmp_path / "results" / "compressed")},
+            "fp32": VariantConfig(tmp_path / "results" / "fp32"),
+            "int8": VariantConfig(tmp_path / "results" / "int8", "openvino"),
+            "compressed": VariantConfig(tmp_path / "results" / "compressed"),
         },
         promoted="int8",
         repository=tmp_path / "repository",
@@ -400,10 +401,7 @@ def variants(trained, exported, tmp_path) -> ServeConfig:
 
 def run_main(config: ServeConfig, *arguments: str) -> int:
     file = config.repository.parent / "serve.yaml"
-    plain = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-    plain |= {"repository": str(config.repository), "warm_up": list(config.warm_up)}
-    plain["tensorrt_cache"] = str(config.tensorrt_cache)
-    file.write_text(yaml.safe_dump(plain))
+    file.write_text(TypeAdapter(ServeConfig).dump_json(config).decode())  # which is YAML
     return main(["--config", str(file), *arguments])
 
 
@@ -503,9 +501,9 @@ def test_unpublished_variant_cannot_be_promoted(variants, capsys):
 def test_mode_chooses_instances_and_threads_unless_they_are_given(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     folders = {
-        "a": {"folder": "a"},
-        "b": {"folder": "b", "engine": "tensorrt-plan"},
-        "c": {"folder": "c", "instances": 3, "threads": 0},
+        "a": VariantConfig(Path("a")),
+        "b": VariantConfig(Path("b"), "tensorrt-plan"),
+        "c": VariantConfig(Path("c"), instances=3, threads=0),
     }
 
     def chosen(**changes):
@@ -520,26 +518,26 @@ def test_mode_chooses_instances_and_threads_unless_they_are_given(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "fast"}, r"mode is 'fast'; expected one of \('latency', 'throughput'\)"),
-        ({"promoted": "int8"}, r"promoted is 'int8'; expected one of \['fp32'\]"),
-        ({"variants": {"a": "results/a"}}, "variant a: 'results/a' has no folder"),
-        ({"variants": {"a": {"engine": "openvino"}}}, "variant a: .* has no folder"),
+        ({"mode": "fast"}, "mode is 'fast': expected 'latency' or 'throughput'"),
+        ({"promoted": "int8"}, r"promoted is 'int8': expected one of \['fp32'\]"),
+        ({"variants": {"a": "results/a"}}, "variants.a is 'results/a': expected a mapping"),
+        ({"variants": {"a": {"engine": "openvino"}}}, "variants.a.folder is missing"),
         (
             {"variants": {"a": {"folder": "a", "thread": 2}}},
-            r"variant a: unknown key 'thread'; allowed are \['folder', 'engine', 'instances'",
+            r"variants.a: unknown keys \['thread'\]; allowed are \['folder', 'engine', 'instances'",
         ),
-        ({"variants": {"a": {"folder": "a", "engine": "gpu"}}}, "variant a: engine is 'gpu'"),
+        ({"variants": {"a": {"folder": "a", "engine": "gpu"}}}, "variants.a.engine is 'gpu'"),
         (
             {"variants": {"a": {"folder": "a", "instances": True}}},
-            "instances is True; expected int",
+            "variants.a.instances is True: expected a valid integer",
         ),
-        ({"variants": {"a/b": {"folder": "a"}}}, "variant a/b: name is 'chestct_a/b'"),
+        ({"variants": {"a/b": {"folder": "a"}}}, "'a/b': expected pattern"),
         ({"max_batch_size": 4}, "warm_up is"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        ServeConfig(**changes)
+        config_from_mapping(ServeConfig, changes, Path("serve.yaml"))
 
 
 def test_gpu_routes_of_the_checkout_cover_every_gpu_engine():
@@ -553,7 +551,7 @@ def test_real_triton_serves_every_variant_as_it_was_published(
 ):
     """Instances of KIND_AUTO and KIND_CPU, and a GPU model by its `configs/cpu.pbtxt`."""
     entries = dict(variants.variants)
-    entries["cuda"] = {"folder": entries["fp32"]["folder"], "engine": "onnxruntime-cuda"}
+    entries["cuda"] = VariantConfig(entries["fp32"].folder, "onnxruntime-cuda")
     config = dataclasses.replace(variants, variants=entries, instances=2, threads=1, warm_up=(1,))
     assert publish_variants(config) == []
     with LocalTriton(config.repository, environment=triton_environment) as server:
@@ -614,4 +612,4 @@ def test_encoded_needs_a_served_model(tmp_path):
     with pytest.raises(ValueError, match=r"no such model; run python -m export repository"):
         write_encoded(tmp_path)
     with pytest.raises(ValueError, match="chestct_encoded is another model's name"):
-        ServeConfig(variants={"encoded": {"folder": "x"}}, promoted="encoded").models()
+        ServeConfig(variants={"encoded": VariantConfig(Path("x"))}, promoted="encoded")

@@ -27,6 +27,7 @@ from training.cards.model_card import (
 )
 from training.cards.run_records import CardConfig, read_artefacts
 from training.common.atomic_io import sha256_of
+from training.common.config import config_from_mapping
 from training.data.audit import AuditConfig, write_audit
 from training.data.ingest import IngestConfig, ingest
 from training.data.split import SplitConfig, write_split
@@ -646,14 +647,14 @@ def test_command_prints_the_summary(copied, capsys):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"worst_scans": 0}, "worst_scans is 0; expected at least 1"),
-        ({"contact": "  "}, "contact is empty"),
-        ({"variants": {"int8": 8}}, "variants: int8 is 8; expected a folder"),
+        ({"worst_scans": 0}, "worst_scans is 0: expected greater than 0"),
+        ({"contact": "  "}, "contact is '  ': expected at least 1 character"),
+        ({"variants": {"int8": 8}}, "variants.int8 is 8: expected a valid string"),
     ],
 )
 def test_config_that_cannot_be_meant_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        CardConfig(**values)
+        config_from_mapping(CardConfig, values, Path("card.yaml"))
 
 
 def test_an_interrupted_writing_leaves_the_old_cards(copied, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.common.config import config_from_mapping
 from training.data.audit import AuditConfig, audit, fit_threshold, main, write_audit
 from training.data.audit_report import report
 from training.data.duplicates import group_equal, group_near, join_groups, measure_scans
@@ -237,8 +238,8 @@ def test_scan_that_does_not_decode_names_the_remedy(scans: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.01, -1.0])
 def test_config_refuses_a_threshold_that_joins_everything_or_nothing(value: float) -> None:
-    with pytest.raises(ValueError, match="expected above 0 to 1"):
-        AuditConfig(near_correlation=value)
+    with pytest.raises(ValueError, match=f"near_correlation is {value}: expected"):
+        config_from_mapping(AuditConfig, {"near_correlation": value}, Path("audit.yaml"))
 
 
 @pytest.mark.real_scans

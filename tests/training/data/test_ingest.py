@@ -25,7 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
-from training.common.config import load_config, read_overrides, use_overrides
+from training.common.config import (
+    config_from_mapping,
+    load_config,
+    read_overrides,
+    use_overrides,
+)
 from training.data.ingest import (
     IngestConfig,
     choose_source,
@@ -777,7 +782,7 @@ def test_interrupt_during_a_download_keeps_the_old_data(tmp_path: Path, server: 
 )
 def test_config_refuses_what_cannot_be_meant(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        IngestConfig(**wrong)  # type: ignore[arg-type]
+        config_from_mapping(IngestConfig, wrong, Path("ingest.yaml"))
 
 
 def test_scan_folder_is_listed_with_split_and_label(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pydicom import dcmread
 from pydicom.uid import UID
 
 from chestct.imaging.scan import load_grey, load_scan
+from training.common.config import config_from_mapping
 from training.common.metrics import auroc
 from training.data.duplicates import measure_scans
 from training.data.phantom import (
@@ -283,7 +284,7 @@ def test_unknown_split_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"dicom_fraction": 1.5}, {"seed": -1}])
 def test_config_refuses_what_cannot_be(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        PhantomConfig(**wrong)  # type: ignore[arg-type]
+        config_from_mapping(PhantomConfig, wrong, Path("phantom.yaml"))
 
 
 def test_command_writes_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from training.common.config import config_from_mapping
 from training.data.ingest import ScanFile
 from training.data.split import (
     SplitConfig,
@@ -158,8 +159,6 @@ def test_official_split_records_its_overlaps() -> None:
     near[index["valid/b/0.png"]] = near[index["test/b/0.png"]]
     facts = split_scans(files, near, [], SplitConfig())[2]
     assert facts["overlaps"] == {"test in train": 2, "test in valid": 1, "valid in train": 0}
-    with pytest.raises(ValueError, match="groups on two sides: 2 test in train, 1 test in valid"):
-        split_scans(files, near, [], SplitConfig(allow_overlap=False))
 
 
 def test_official_split_counts_its_series_apart() -> None:
@@ -168,23 +167,10 @@ def test_official_split_counts_its_series_apart() -> None:
         for number, split in enumerate(("test", "train", "valid"))
         for label in LABELS
     ]
-    _, groups, facts = split_scans(files, alone(files), [], SplitConfig(allow_overlap=False))
+    _, groups, facts = split_scans(files, alone(files), [], SplitConfig())
     assert len(set(groups.tolist())) == 9
     assert facts["overlaps"]["test in train"] == 0
     assert facts["overlaps_with_series"]["test in train"] == 3
-
-
-def test_duplicates_are_dropped_from_test_first() -> None:
-    files = official()
-    near = alone(files)
-    index = {file.path: number for number, file in enumerate(files)}
-    near[index["test/a/0.png"]] = near[index["valid/a/1.png"]] = near[index["train/a/0.png"]]
-    near[index["train/b/1.png"]] = near[index["train/b/0.png"]]
-    splits, _, facts = split_scans(files, near, [], SplitConfig(drop_duplicates=True))
-    dropped = {file.path for file, split in zip(files, splits, strict=True) if split == "dropped"}
-    assert dropped == {"test/a/0.png", "valid/a/1.png", "train/b/1.png"}
-    assert facts["dropped_duplicates"] == 3
-    assert not any(facts["overlaps"].values())
 
 
 def test_official_needs_the_folders() -> None:
@@ -296,14 +282,12 @@ def test_overlaps_count_scans_not_groups() -> None:
 
 def test_split_files_are_written(folder: Folder) -> None:
     files = official()
-    near = alone(files)
-    near[1] = near[0]
-    config = folder(files, near, drop_duplicates=True)
+    config = folder(files, alone(files))
     facts = write_split(config)
     rows = rows_of(config)
     assert list(rows[0]) == ["path", "label", "split", "group"]
     assert {(row["path"], row["label"], row["split"]) for row in rows} == {
-        (file.path, file.label, file.split) for file in files if file.path != files[1].path
+        (file.path, file.label, file.split) for file in files
     }
     assert all(row["group"].isdigit() for row in rows)
     assert json.loads((config.output / "split.json").read_text()) == facts
@@ -326,7 +310,7 @@ def test_group_file_of_the_config_is_used(folder: Folder, tmp_path: Path) -> Non
     assert write_split(config)["num_groups"] == 5
 
 
-def test_overlap_fails_the_command_and_keeps_the_old_files(
+def test_split_that_cannot_be_made_fails_the_command_and_keeps_the_old_files(
     folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = official()
@@ -335,12 +319,12 @@ def test_overlap_fails_the_command_and_keeps_the_old_files(
     folder(files, np.zeros(len(files), int))
     (tmp_path / "split.yaml").write_text(
         f"scans: {config.scans}\ntable: {config.table}\ngroups: {config.groups}\n"
-        f"output: {config.output}\nallow_overlap: false\n"
+        f"output: {config.output}\nprotocol: grouped\n"
     )
     assert main(["--config", str(tmp_path / "split.yaml")]) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "groups on two sides: 6 test in train" in message
+    assert "class a has 1 groups: expected at least 3" in message
     assert json.loads((config.output / "split.json").read_text()) == before
 
 
@@ -362,17 +346,17 @@ def test_command_tells_the_counts(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"protocol": "random"}, "expected one of"),
+        ({"protocol": "random"}, "expected 'auto', 'official' or 'grouped'"),
         ({"group_pattern": "("}, "group_pattern"),
         ({"group_pattern": r"\d+"}, "has 0 groups: expected one"),
-        ({"folds": 2}, "expected at least 3 folds"),
-        ({"fold": 5}, "a fold from 0 to folds - 1"),
-        ({"group_columns": ()}, "expected at least one column"),
+        ({"folds": 2}, "folds is 2: expected greater than or equal to 3"),
+        ({"fold": 5}, "fold is 5: expected 0 to 4"),
+        ({"group_columns": []}, "expected at least 1 item"),
     ],
 )
 def test_config_refuses_what_cannot_be_dealt(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SplitConfig(**wrong)  # type: ignore[arg-type]
+        config_from_mapping(SplitConfig, wrong, Path("split.yaml"))
 
 
 @pytest.mark.real_scans

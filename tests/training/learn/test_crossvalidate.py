@@ -8,13 +8,15 @@ from collections import Counter
 
 import mlflow
 import pytest
+import yaml
 
+import training.learn.crossvalidate
 from training.data.split import SplitConfig
 from training.learn.crossvalidate import CrossValidateConfig, cross_validate
-from training.learn.fit import FitConfig
+from training.learn.fit import FitConfig, settings_hash
 from training.network.vgg16 import load_trained
-from training.score.evaluate import EvaluateConfig, Sources, crossvalidated, evaluate
-from training.score.protocols import grouped_protocols
+from training.score.evaluate import EvaluateConfig, Sources, evaluate, main
+from training.score.protocols import grouped_protocols, read_cross_validation
 
 pytestmark = pytest.mark.xdist_group("crossvalidate")  # its fixtures are made once
 
@@ -77,7 +79,7 @@ def test_runs_of_the_folds_are_marked(settings, answers):
     assert tags == ["1 of 3", "2 of 3", "3 of 3"]
 
 
-def test_grouped_protocol_scores_the_answers_of_all_folds(settings, answers, trained, tmp_path):
+def test_grouped_protocol_holds_the_answers_of_all_folds(settings, answers, trained):
     facts = load_trained(trained.model)[1]
     whole, distinct = grouped_protocols(settings[0].output, trained.scans, facts)
     assert (whole.name, distinct.name) == ("grouped", "grouped_distinct")
@@ -86,22 +88,62 @@ def test_grouped_protocol_scores_the_answers_of_all_folds(settings, answers, tra
     normal = whole.scans.names.index("normal")
     for path, row in zip(whole.scans.paths, whole.answers["model"], strict=True):
         assert row[normal] == pytest.approx(by_path[path], abs=1e-6)
-    config = EvaluateConfig(
-        scans=trained.scans, split=trained.split, model=trained.model,
+
+
+@pytest.fixture
+def own(settings, answers, trained, tmp_path) -> EvaluateConfig:
+    """A model with the settings of the folds."""
+    model = shutil.copytree(trained.model, tmp_path / "train")
+    record = json.loads((model / "run.json").read_text())
+    (model / "run.json").write_text(json.dumps(record | {"settings": settings_hash(settings[1])}))
+    return EvaluateConfig(
+        scans=trained.scans, split=trained.split, model=model, grouped=settings[0].output,
         protocol=trained.split.with_name("split.json"), output=tmp_path / "evaluate",
     )  # fmt: skip
-    metrics = evaluate(config, Sources(grouped=settings[0].output))
+
+
+def test_evaluation_reads_the_folds_and_trains_nothing(own, tmp_path):
+    config = {key: str(path) for key, path in dataclasses.asdict(own).items()}
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(config))
+    before = {path: path.stat().st_mtime_ns for path in own.grouped.rglob("*")}
+    assert main(["--config", str(tmp_path / "evaluate.yaml"), "--protocol", "grouped"]) == 0
+    metrics = json.loads((own.output / "metrics.json").read_text())
     assert list(metrics["protocols"]) == ["official", "grouped", "grouped_distinct"]
     assert metrics["protocols"]["grouped"]["model"]["n"] == 44
-    assert mlflow.get_run(facts.run).data.metrics["grouped.n"] == 44
+    assert mlflow.get_run(metrics["run"]).data.metrics["grouped.n"] == 44
+    assert {path: path.stat().st_mtime_ns for path in own.grouped.rglob("*")} == before
 
 
-def test_model_of_other_settings_is_refused(settings, trained, tmp_path):
-    (tmp_path / "train.yaml").write_text("weights: random\nepochs: 3\n")
-    (tmp_path / "crossvalidate.yaml").write_text(f"fit: {tmp_path / 'train.yaml'}\n")
-    config = EvaluateConfig(model=trained.model, crossvalidate=tmp_path / "crossvalidate.yaml")
-    with pytest.raises(ValueError, match="trained with other settings"):
-        crossvalidated(config, {})
+def test_folds_of_another_training_are_refused_with_the_command(own, trained, tmp_path):
+    remedy = "run python -m training crossvalidate with the config"
+    sources = Sources(grouped=own.grouped)
+    with pytest.raises(ValueError, match=f"was trained with other settings than .*; {remedy}"):
+        evaluate(dataclasses.replace(own, model=trained.model), sources)
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"protocol": "official", "data_hash": "of other scans"}))
+    with pytest.raises(ValueError, match=f"was trained on other scans than .*; {remedy}"):
+        evaluate(dataclasses.replace(own, protocol=split), sources)
+    with pytest.raises(ValueError, match=rf"crossvalidate\.json: no such file; {remedy}"):
+        evaluate(own, Sources(grouped=tmp_path / "nothing"))
+    assert not own.output.exists()
+
+
+def test_an_interrupted_cross_validation_cannot_be_evaluated(
+    settings, answers, tmp_path, monkeypatch
+):
+    config, fit, split = settings
+    config = dataclasses.replace(
+        config, output=shutil.copytree(config.output, tmp_path / "grouped")
+    )
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.learn.crossvalidate, "_predict_fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(config, dataclasses.replace(fit, head_regularisation=0.3), split)
+    with pytest.raises(ValueError, match=r"crossvalidate\.json: no such file; run python"):
+        read_cross_validation(config.output)
 
 
 def test_folder_without_answers_names_the_command(trained, tmp_path):

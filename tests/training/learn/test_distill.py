@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from training.common.config import config_from_mapping
 from training.data.dataset import read_split
 from training.learn.distill import DistillConfig, distill, distillation_loss, lessons_of
 from training.learn.fit import FitConfig
@@ -13,7 +15,7 @@ from training.network.vgg16 import load_trained, map_from, widths_of
 
 pytestmark = pytest.mark.xdist_group("distill")  # its fixtures are made once
 
-TINY = [8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16]
+TINY = (8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def student(config):
 def test_student_is_a_model_of_its_own(config, student):
     model, facts = load_trained(student)
     _, teacher = load_trained(config.teacher)
-    assert widths_of(model) == tuple(TINY)
+    assert widths_of(model) == TINY
     assert facts.labels == teacher.labels
     assert facts.run != teacher.run
     assert facts.domain_threshold != teacher.domain_threshold
@@ -99,8 +101,13 @@ def test_loss_is_the_formula():
 
 @pytest.mark.parametrize(
     ("students", "said"),
-    [({}, "empty"), ({"a": [1, 2]}, "13"), ({"a": [65, *TINY[1:]]}, "at most"), ({"a": 3}, "13")],
+    [
+        ({}, "at least 1 item"),
+        ({"a": [1, 2]}, "students.a is .*: expected 13 whole numbers"),
+        ({"a": [65, *TINY[1:]]}, "at most"),
+        ({"a": 3}, "students.a is 3: expected a list"),
+    ],
 )
 def test_students_that_cannot_be_made_are_refused(students, said):
     with pytest.raises(ValueError, match=said):
-        DistillConfig(students=students)
+        config_from_mapping(DistillConfig, {"students": students}, Path("distill.yaml"))

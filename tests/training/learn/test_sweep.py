@@ -13,7 +13,7 @@ import yaml
 
 import training.learn.fit
 import training.learn.sweep
-from training.common.config import load_config
+from training.common.config import config_from_mapping, load_config
 from training.learn.fit import FitConfig
 from training.learn.sweep import Point, SweepConfig, main, points_of
 from training.network.vgg16 import build_classifier
@@ -41,11 +41,11 @@ def config_of(base: Path, **settings) -> SweepConfig:
 def test_every_combination_is_a_point_and_the_rest_is_that_of_the_base(base):
     grid = {"dropout": [0.1, 0.2], "augmentation.contrast": [0.3, 0.4], "epochs": [2]}
     points = points_of(config_of(base, grid=grid))
-    found = [(p.fit.dropout, p.fit.augmentation["contrast"], p.fit.epochs) for p in points]
+    found = [(p.fit.dropout, p.fit.augmentation.contrast, p.fit.epochs) for p in points]
     assert found == [(0.1, 0.3, 2), (0.1, 0.4, 2), (0.2, 0.3, 2), (0.2, 0.4, 2)]
-    assert {p.fit.augmentation["shift"] for p in points} == {0.05}
+    assert {p.fit.augmentation.shift for p in points} == {0.05}
     assert {p.fit.weights for p in points} == {"random"}
-    assert points[0].in_words() == "dropout 0.1, augmentation.contrast 0.3, epochs 2"
+    assert str(points[0]) == "dropout 0.1, augmentation.contrast 0.3, epochs 2"
     assert len({p.fit.output for p in points}) == 4
     assert points[0].fit.output.name.startswith("dropout-0.1_augmentation.contrast-0.3_epochs-2-")
 
@@ -81,25 +81,26 @@ def test_the_folder_of_a_point_changes_with_all_that_decides_and_nothing_else(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"grid": {}}, "grid is empty; expected for example"),
-        ({"grid": {"dropout": 0.3}}, "grid: dropout is 0.3; expected a list"),
-        ({"grid": {"dropout": []}}, r"grid: dropout is \[\]; expected a list"),
+        ({}, "grid is missing"),
+        ({"grid": {}}, "grid is {}: expected at least 1 item"),
+        ({"grid": {"dropout": 0.3}}, "grid.dropout is 0.3: expected a list"),
+        ({"grid": {"dropout": []}}, r"grid.dropout is \[\]: expected at least 1 item"),
         ({"grid": {"output": ["a"]}}, "grid: output says where files are kept"),
-        ({"grid": {"dropout": [0.1]}, "name": "a b"}, "sweep is 'a b'; expected letters"),
+        ({"grid": {"dropout": [0.1]}, "name": "a b"}, "name is 'a b': expected pattern"),
     ],
 )
 def test_a_sweep_that_cannot_be_meant_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        SweepConfig(**settings)
+        config_from_mapping(SweepConfig, settings, Path("sweep.yaml"))
 
 
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"dropout": [0.1, 2.0]}, "dropout is 2.0; expected 0 to 0.95"),
-        ({"dropout": ["high"]}, "dropout is 'high'; expected float"),
+        ({"dropout": [0.1, 2.0]}, "dropout is 2.0: expected less than or equal to 0.95"),
+        ({"dropout": ["high"]}, "dropout is 'high': expected a valid number"),
         ({"drop": [0.1]}, r"unknown keys \['drop'\]"),
-        ({"augmentation.zoom": [0.1]}, "allowed keys are"),
+        ({"augmentation.zoom": [0.1]}, r"augmentation: unknown keys \['zoom'\]; allowed are"),
         ({"epochs.first": [1]}, "grid: epochs.first: epochs is 0; expected a mapping"),
         ({"split": ["none.csv"]}, "none.csv: no such file; run python -m training split"),
     ],

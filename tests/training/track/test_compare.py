@@ -179,7 +179,7 @@ def test_json_holds_every_run(store, capsys):
             "official: macro_auroc; valid: balanced_accuracy, brier",
         ),
         (["--sweep", "none"], "no run of the sweep 'none' in the experiment chestct"),
-        (["--sweep", "a' or tags.x = 'b"], "expected letters, digits, . _ -"),
+        (["--sweep", "a' or tags.x = 'b"], "sweep is \"a' or tags.x = 'b\": expected pattern"),
         (["--n", "5"], "no run was scored on 5 scans; expected one of 12, 72"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Shortcut checks: whether a classifier answers by what is no sign of disease."""
