@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
-from chestct.imaging.scan import load_grey
+from chestct.imaging.prepare import load_grey
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import load_config

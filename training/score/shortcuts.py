@@ -24,7 +24,8 @@ from scipy.spatial import ConvexHull
 
 from chestct.contract import MAP_SIZE, SCAN_SIZE, ModelFacts, Window
 from chestct.imaging.body import body_box, body_mask
-from chestct.imaging.scan import list_scans, load_grey, resize_scan
+from chestct.imaging.prepare import load_grey, resize_scan
+from chestct.imaging.sources import list_scans
 from training.common.atomic_io import without_nan
 from training.common.metrics import (
     NORMAL,
@@ -83,7 +84,7 @@ def body_outline(scan: Pixels) -> Mask:
     window shows bones alone and the skin cannot be told.
 
     Args:
-        scan: uint8 (224, 224, 1), as from `chestct.imaging.scan.load_scan`.
+        scan: uint8 (224, 224, 1), as from `chestct.imaging.prepare.load_scan`.
 
     Returns:
         bool (224, 224); all false where no body stands out.
@@ -112,7 +113,7 @@ def lung_mask(scan: Pixels) -> Mask:
     wall or the mediastinum stays outside, gas in stomach and bowel counts as lung.
 
     Args:
-        scan: uint8 (224, 224, 1), as from `chestct.imaging.scan.load_scan`.
+        scan: uint8 (224, 224, 1), as from `chestct.imaging.prepare.load_scan`.
 
     Returns:
         bool (224, 224), within `body_outline`; all false where that is, or where no air is seen.
@@ -452,7 +453,7 @@ def _number(element: ElementTree.Element, place: str) -> float:
 def framed_boxes(boxes: Boxes, crop: tuple[int, int, int, int]) -> Boxes:
     """Boxes of a picture in the frame of its prepared scan.
 
-    `chestct.imaging.scan` crops a picture to its body and stretches it to 224 x 224; so are the
+    `chestct.imaging.prepare` crops a picture to its body and stretches it to 224 x 224; so are the
     boxes.
 
     Args:

@@ -32,16 +32,10 @@ from pydicom.uid import (
 
 from chestct.contract import LUNG_WINDOW
 from chestct.errors import OutOfDomainError, ScanDecodeError
-from chestct.imaging import dicom
-from chestct.imaging.scan import (
-    Scan,
-    apply_window,
-    decode_scan,
-    inspect_scan,
-    inspect_scans,
-    list_scans,
-    load_scan,
-)
+from chestct.imaging import dicom, metadata
+from chestct.imaging.prepare import Scan, inspect_bytes, inspect_scan, inspect_scans, load_scan
+from chestct.imaging.sources import list_scans
+from chestct.imaging.window import apply_window
 from training.data.phantom import Phantom, dicom_from_phantom, make_phantom
 
 SIDE = 128
@@ -140,39 +134,39 @@ def test_position_lies_along_the_normal(
     tags.ImageOrientationPatient = orientation
     tags.ImagePositionPatient = position
     tags.SliceLocation = 7.5
-    facts = scan_of(tags, tmp_path / "scan.dcm").facts
-    assert facts is not None
-    assert facts.position_mm == pytest.approx(expected, abs=1e-6)
+    found = scan_of(tags, tmp_path / "scan.dcm").metadata
+    assert found is not None
+    assert found.position_mm == pytest.approx(expected, abs=1e-6)
 
 
-def test_facts_carry_the_series_and_nothing_of_the_patient(tags: Dataset, tmp_path: Path) -> None:
+def test_metadata_hold_the_series_and_nothing_of_the_patient(tags: Dataset, tmp_path: Path) -> None:
     tags.PatientName, tags.PatientID, tags.PatientBirthDate = "Doe^Jane", "MRN-77", "19500203"
     tags.AccessionNumber, tags.InstitutionName = "ACC-1", "General"
-    tags.ConvolutionKernel, tags.SliceThickness, tags.SpacingBetweenSlices = "B70f", "1.25", "1"
-    tags.InstanceNumber, tags.PatientPosition = 12, "FFS"
-    facts = scan_of(tags, tmp_path / "scan.dcm").facts
-    assert facts is not None
-    assert (facts.study_uid, facts.series_uid) == (tags.StudyInstanceUID, tags.SeriesInstanceUID)
-    assert facts.sop_uid == tags.SOPInstanceUID
-    assert facts.frame_of_reference_uid == tags.FrameOfReferenceUID
-    assert (facts.kernel, facts.thickness_mm, facts.spacing_mm) == ("B70f", 1.25, 1.0)
-    assert (facts.instance, facts.frame, facts.patient_position) == (12, 0, "FFS")
-    assert not any(word in repr(facts) for word in ("Doe", "MRN", "1950", "ACC", "General"))
-    assert pickle.loads(pickle.dumps(facts)) == facts
+    tags.ConvolutionKernel, tags.SliceThickness, tags.InstanceNumber = "B70f", "1.25", 12
+    tags.BodyPartExamined = "CHEST"
+    found = scan_of(tags, tmp_path / "scan.dcm").metadata
+    assert found is not None
+    assert (found.study_uid, found.series_uid) == (tags.StudyInstanceUID, tags.SeriesInstanceUID)
+    assert found.sop_uid == tags.SOPInstanceUID
+    assert found.frame_of_reference_uid == tags.FrameOfReferenceUID
+    assert (found.kernel, found.thickness_mm, found.body_part) == ("B70f", 1.25, "CHEST")
+    assert (found.instance, found.frame) == (12, 0)
+    assert not any(word in repr(found) for word in ("Doe", "MRN", "1950", "ACC", "General"))
+    assert pickle.loads(pickle.dumps(found)) == found
     identifying = {"PatientName", "PatientID", "PatientBirthDate", "AccessionNumber"}
     assert not identifying.intersection(dicom.FILE_KEYWORDS)
 
 
-def test_a_picture_has_no_facts(phantom: Phantom, tmp_path: Path) -> None:
+def test_a_picture_has_no_metadata(phantom: Phantom, tmp_path: Path) -> None:
     Image.fromarray(apply_window(phantom.hu, LUNG_WINDOW)).save(tmp_path / "scan.png")
     (only,) = inspect_scans(tmp_path / "scan.png")
     assert isinstance(only.scan, Scan)
-    assert only.scan.facts is None
+    assert only.scan.metadata is None
     assert only.name == str(tmp_path / "scan.png")
 
 
-@pytest.mark.parametrize("keyword", dicom.SLICE_KEYWORDS)
-def test_broken_facts_cost_no_slice(tags: Dataset, tmp_path: Path, keyword: str) -> None:
+@pytest.mark.parametrize("keyword", metadata.SLICE_KEYWORDS)
+def test_broken_attributes_cost_no_slice(tags: Dataset, tmp_path: Path, keyword: str) -> None:
     """Each tag in turn with bytes that its type does not allow."""
     if keyword in ("ModalityLUTSequence", "PhotometricInterpretation"):
         return  # without them a slice cannot be shown
@@ -258,11 +252,11 @@ def test_frames_are_slices_each_by_its_own_groups(
     for number, item in enumerate(found, start=1):
         assert isinstance(item.scan, Scan), item.scan
         np.testing.assert_array_equal(item.scan.pixels, expected)
-        facts = item.scan.facts
-        assert facts is not None
-        assert facts.frame == number
-        assert facts.position_mm == pytest.approx(5 * (number - 1))
-        assert (facts.kernel, facts.thickness_mm) == ("B40f", 5.0)
+        own = item.scan.metadata
+        assert own is not None
+        assert own.frame == number
+        assert own.position_mm == pytest.approx(5 * (number - 1))
+        assert (own.kernel, own.thickness_mm) == ("B40f", 5.0)
     with pytest.raises(ScanDecodeError, match="6 frames, expected one"):
         load_scan(path)
 
@@ -276,8 +270,8 @@ def test_enhanced_ct_of_one_frame_is_a_slice(tags: Dataset, tmp_path: Path) -> N
     (only,) = inspect_scans(path)
     assert only.name == str(path)
     assert isinstance(only.scan, Scan)
-    assert only.scan.facts is not None
-    assert only.scan.facts.frame == 0
+    assert only.scan.metadata is not None
+    assert only.scan.metadata.frame == 0
 
 
 def test_attributes_of_a_frame_that_no_standard_group_holds(tags: Dataset, tmp_path: Path) -> None:
@@ -287,7 +281,7 @@ def test_attributes_of_a_frame_that_no_standard_group_holds(tags: Dataset, tmp_p
         group.UnassignedPerFrameConvertedAttributesSequence = [Dataset()]
         group.UnassignedPerFrameConvertedAttributesSequence[0].InstanceNumber = 40 + number
     found = list(inspect_scans(saved(dataset, tmp_path / "run.dcm")))
-    assert [item.scan.facts.instance for item in found] == [41, 42]
+    assert [item.scan.metadata.instance for item in found] == [41, 42]
 
 
 def test_a_bad_frame_costs_itself_only(tags: Dataset, tmp_path: Path) -> None:
@@ -347,7 +341,7 @@ def test_panic_of_a_codec_is_a_decode_error(tags: Dataset, tmp_path: Path) -> No
     for place in range(start, start + 600):
         broken = data[:place] + b"\x81" + data[place + 1 :]  # 128 times the next
         try:
-            decode_scan(bytes(broken), "scan")
+            inspect_bytes(bytes(broken), "scan")
         except ScanDecodeError as error:
             outcomes.add(type(error.__cause__).__name__)
     if importlib.util.find_spec("rle") is not None:  # pylibjpeg-rle
@@ -357,10 +351,10 @@ def test_panic_of_a_codec_is_a_decode_error(tags: Dataset, tmp_path: Path) -> No
 def test_bomb_of_items_is_refused(tags: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     tags.SharedFunctionalGroupsSequence = [Dataset() for _ in range(200)]
     data = bytes_of(tags)
-    assert decode_scan(data, "scan").shape == (224, 224, 1)
+    assert inspect_bytes(data, "scan").pixels.shape == (224, 224, 1)
     monkeypatch.setattr(dicom, "MAX_ITEMS", 100)
     with pytest.raises(ScanDecodeError, match="200 items, expected at most 100"):
-        decode_scan(data, "scan")
+        inspect_bytes(data, "scan")
 
 
 # What is skipped
@@ -443,9 +437,9 @@ def test_a_slice_as_dicom_and_as_windowed_picture_gives_the_same_tensor(
         del tags.PixelPaddingValue
     picture = io.BytesIO()
     Image.fromarray(apply_window(hu, LUNG_WINDOW)).save(picture, "PNG")
-    from_dicom = decode_scan(bytes_of(tags), "scan.dcm")
+    from_dicom = inspect_bytes(bytes_of(tags), "scan.dcm").pixels
     assert from_dicom.std() > 20
-    np.testing.assert_array_equal(from_dicom, decode_scan(picture.getvalue(), "scan.png"))
+    np.testing.assert_array_equal(from_dicom, inspect_bytes(picture.getvalue(), "scan.png").pixels)
 
 
 @settings(deadline=None, max_examples=150)
@@ -457,7 +451,7 @@ def test_any_damage_to_the_head_gives_a_slice_or_a_decode_error(data: st.DataObj
     damaged = whole[:start] + damage + whole[start + len(damage) :]
     outcome: np.ndarray | str
     try:
-        outcome = decode_scan(damaged, "scan")
+        outcome = inspect_bytes(damaged, "scan").pixels
     except ScanDecodeError as error:
         outcome = str(error)
     if isinstance(outcome, str):
@@ -512,14 +506,14 @@ def test_malformed_files_answer_each_for_itself(real_scans: Path) -> None:
 
 
 @pytest.mark.real_scans
-def test_real_series_have_their_facts(real_scans: Path) -> None:
+def test_real_series_have_their_metadata(real_scans: Path) -> None:
     folder = real_scans / "dicom/lung-pet-ct-dx"
     for name, kernel, count, distance in (
         ("A0002-series3-B40f", "B40f", 30, 8),
         ("A0002-series2-B70f", "B70f", 6, 16),
     ):
         found = [
-            item.scan.facts for path in list_scans(folder / name) for item in inspect_scans(path)
+            item.scan.metadata for path in list_scans(folder / name) for item in inspect_scans(path)
         ]
         assert len(found) == count
         assert {item.kernel for item in found} == {kernel}

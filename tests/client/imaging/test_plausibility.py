@@ -23,8 +23,11 @@ from pydicom.uid import (
 
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import OutOfDomainError, ScanDecodeError
-from chestct.imaging.plausibility import dicom_reasons, picture_reasons, slice_reasons
-from chestct.imaging.scan import apply_window, decode_scan, inspect_scan, list_scans, load_scan
+from chestct.imaging.metadata import dicom_reasons, slice_metadata
+from chestct.imaging.plausibility import picture_reasons, slice_reasons
+from chestct.imaging.prepare import inspect_bytes, inspect_scan, load_scan
+from chestct.imaging.sources import list_scans
+from chestct.imaging.window import apply_window
 from training.data.phantom import (
     LABELS,
     Phantom,
@@ -54,11 +57,17 @@ def grey(phantom: Phantom) -> np.ndarray:
 
 def reasons_of(grey: np.ndarray) -> list[str]:
     picture = Image.fromarray(grey)
-    return picture_reasons(picture, picture)
+    return picture_reasons(picture, grey)
 
 
 def reasons_in_colour(picture: Image.Image) -> list[str]:
-    return picture_reasons(picture, picture.convert("L"))
+    return picture_reasons(picture, np.asarray(picture.convert("L")))
+
+
+def reasons_by_tags(tags: Dataset, grey: np.ndarray, window: Window = LUNG_WINDOW) -> list[str]:
+    body_part = slice_metadata(tags, 0).body_part
+    is_inverted = tags.PhotometricInterpretation == "MONOCHROME1"
+    return slice_reasons(grey, window, body_part=body_part, is_inverted=is_inverted)
 
 
 def turned(tilt_deg: float) -> list[float]:
@@ -186,7 +195,8 @@ def test_damaged_tags_tell_nothing_against_a_slice(
     assert rest.count(whole) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert decode_scan(head + rest.replace(whole, damaged), "scan").shape == (224, 224, 1)
+        scan = inspect_bytes(head + rest.replace(whole, damaged), "scan")
+    assert scan.pixels.shape == (224, 224, 1)
 
 
 def test_a_message_is_one_line_of_bounded_length(tags: Dataset) -> None:
@@ -216,7 +226,7 @@ def test_file_is_refused_with_all_its_reasons_before_its_pixels_are_decoded(
     assert message.endswith(". Send an axial slice of a chest CT.")
     assert message.count("; ") == 3
     assert "\n" not in message
-    for load in (inspect_scan, lambda path: decode_scan(path.read_bytes(), str(path))):
+    for load in (inspect_scan, lambda path: inspect_bytes(path.read_bytes(), str(path)).pixels):
         with pytest.raises(OutOfDomainError, match=f"^{re.escape(message)}$"):
             load(path)
     assert issubclass(OutOfDomainError, ScanDecodeError)
@@ -230,7 +240,7 @@ def test_another_body_part_is_flagged(tags: Dataset, grey: np.ndarray, part: str
         warnings.simplefilter("ignore")
         tags.BodyPartExamined = part
         assert dicom_reasons(tags) == []
-        assert slice_reasons(tags, Image.fromarray(grey), LUNG_WINDOW) == [
+        assert reasons_by_tags(tags, grey) == [
             f"another body part: Body Part Examined (0018,0015) is {part}, expected the chest"
         ]
 
@@ -244,7 +254,7 @@ def test_other_words_for_the_body_part_pass(tags: Dataset, grey: np.ndarray, par
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tags.BodyPartExamined = part
-        assert slice_reasons(tags, Image.fromarray(grey), LUNG_WINDOW) == []
+        assert reasons_by_tags(tags, grey) == []
 
 
 # By the pixels
@@ -450,7 +460,7 @@ def lung_reasons(
 ) -> list[str]:
     grey = apply_window(hu, window)
     tags.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
-    return slice_reasons(tags, Image.fromarray(255 - grey if inverted else grey), window)
+    return reasons_by_tags(tags, 255 - grey if inverted else grey, window)
 
 
 @pytest.mark.parametrize("filling_hu", [40.0, -100.0, -1000.0])

@@ -35,16 +35,11 @@ from pydicom.uid import (
 
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import ScanDecodeError
-from chestct.imaging import limits
+from chestct.imaging import dicom, limits
 from chestct.imaging._warnings import without_warnings
-from chestct.imaging.scan import (
-    apply_window,
-    decode_scan,
-    list_scans,
-    load_grey,
-    load_scan,
-    resize_scan,
-)
+from chestct.imaging.prepare import inspect_bytes, load_grey, load_scan, resize_scan
+from chestct.imaging.sources import list_scans
+from chestct.imaging.window import apply_window
 
 SOFT_WINDOW = Window(40.0, 400.0)
 
@@ -174,7 +169,7 @@ def test_pixels_of_pictures_never_change(kind: str, options: dict[str, Any], exp
     waves = 20 * np.sin(9 * rows + 5 * columns) * np.cos(14 * columns)
     grey = np.where(lungs, 40, 170) * (rows**2 + columns**2 < 0.95) + waves
     picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
-    pixels = decode_scan(picture_bytes(picture, kind, **options), "scan")
+    pixels = inspect_bytes(picture_bytes(picture, kind, **options), "scan").pixels
     assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == expected
 
 
@@ -273,10 +268,12 @@ def test_dicom_and_its_windowed_picture_give_the_same_tensor() -> None:
     hu = hu_slice(300, 280)
     picture = Image.fromarray(apply_window(hu, LUNG_WINDOW))
     stored = (hu + 1024).astype(np.int16)
-    from_dicom = decode_scan(dicom_bytes(stored, RescaleIntercept=-1024), "slice.dcm")
+    from_dicom = inspect_bytes(dicom_bytes(stored, RescaleIntercept=-1024), "slice.dcm").pixels
     assert from_dicom.shape == (224, 224, 1)
     assert from_dicom.std() > 30
-    np.testing.assert_array_equal(from_dicom, decode_scan(picture_bytes(picture), "slice.png"))
+    np.testing.assert_array_equal(
+        from_dicom, inspect_bytes(picture_bytes(picture), "slice.png").pixels
+    )
 
 
 @pytest.mark.parametrize("window", [LUNG_WINDOW, SOFT_WINDOW])
@@ -425,7 +422,7 @@ def test_missing_codec_names_the_extra() -> None:
     stored = hu_slice()
     data = dicom_bytes(stored, JPEGLSLossless, PixelData=encapsulate([b"\xff\xd8\xff\xf7 no"]))
     with pytest.raises(ScanDecodeError, match=r'JPEG-LS.*pip install "chestct\[dicom\]"'):
-        decode_scan(data, "slice.dcm")
+        inspect_bytes(data, "slice.dcm")
 
 
 @pytest.mark.parametrize(
@@ -443,17 +440,18 @@ def test_missing_codec_names_the_extra() -> None:
 )
 def test_dicom_that_is_no_single_grey_slice(elements: dict[str, Any], message: str) -> None:
     with pytest.raises(ScanDecodeError, match=rf"^slice\.dcm: .*{message}"):
-        decode_scan(dicom_bytes(hu_slice(), **elements), "slice.dcm")
+        inspect_bytes(dicom_bytes(hu_slice(), **elements), "slice.dcm")
 
 
 def test_deflated_bomb_is_refused_before_it_fills_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100_000)
+    for module in (limits, dicom):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 100_000)
     data = dicom_bytes(np.zeros((600, 600), np.int16), DeflatedExplicitVRLittleEndian)
     assert len(data) < 100_000
     with pytest.raises(ScanDecodeError, match="expected at most"):
-        decode_scan(data, "bomb.dcm")
+        inspect_bytes(data, "bomb.dcm")
 
 
 def test_sloppy_dicom_warns_nobody(recwarn: pytest.WarningsRecorder) -> None:
@@ -463,7 +461,7 @@ def test_sloppy_dicom_warns_nobody(recwarn: pytest.WarningsRecorder) -> None:
         sloppy = dicom_bytes(hu_slice(), PixelData=hu_slice().tobytes() + b"\0" * 64)
     assert b"CS\x02\x00ct" in data
     for content in (data, sloppy):
-        decode_scan(content, "sloppy.dcm")
+        inspect_bytes(content, "sloppy.dcm")
     assert not recwarn.list
 
 
@@ -471,7 +469,7 @@ def test_threads_leave_the_warning_filters_alone() -> None:
     before = list(warnings.filters)
     data = dicom_bytes(hu_slice())
     threads = [
-        threading.Thread(target=lambda: [decode_scan(data, "slice.dcm") for _ in range(10)])
+        threading.Thread(target=lambda: [inspect_bytes(data, "slice.dcm") for _ in range(10)])
         for _ in range(4)
     ]
     for thread in threads:
@@ -506,7 +504,9 @@ def test_threads_decode_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pydicom, "dcmread", read_together)
     data = dicom_bytes(hu_slice())
     threads = [
-        threading.Thread(target=lambda: outcomes.append(decode_scan(data, "slice.dcm").shape))
+        threading.Thread(
+            target=lambda: outcomes.append(inspect_bytes(data, "slice.dcm").pixels.shape)
+        )
         for _ in range(2)
     ]
     for thread in threads:
@@ -534,13 +534,13 @@ def png_header(width: int, height: int) -> bytes:
 def test_decompression_bomb(side: int) -> None:
     # 64.0, 100 (where Pillow warns) and 2,500 million pixels (where it raises).
     with pytest.raises(ScanDecodeError, match=r"^bomb\.png: .*pixels"):
-        decode_scan(png_header(side, side), "bomb.png")
+        inspect_bytes(png_header(side, side), "bomb.png")
 
 
 def test_tiny_picture_is_refused(grey_slice: Callable[..., np.ndarray]) -> None:
     data = picture_bytes(Image.fromarray(grey_slice(100, 31, 400)))
     with pytest.raises(ScanDecodeError, match="400 x 31 pixels, expected at least 32 a side"):
-        decode_scan(data, "tiny.png")
+        inspect_bytes(data, "tiny.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "DICOM"])
@@ -555,7 +555,7 @@ def test_every_truncation_is_a_decode_error(
     whole = len(data) - (12 if kind == "PNG" else 2)
     for length in [*range(0, 200, 7), *range(200, whole, 97)]:
         with pytest.raises(ScanDecodeError, match=r"^torn: "):
-            decode_scan(data[:length], "torn")
+            inspect_bytes(data[:length], "torn")
 
 
 @settings(deadline=None)
@@ -568,7 +568,7 @@ def test_any_bytes_give_a_decode_error(noise: bytes, kind: str) -> None:
         "bare": b"\x08\x00",
     }[kind]
     with pytest.raises(ScanDecodeError, match=r"^noise: "):
-        decode_scan(start + noise, "noise")
+        inspect_bytes(start + noise, "noise")
 
 
 def test_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,7 +579,7 @@ def test_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         load_scan(path)
     monkeypatch.setattr(limits, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ScanDecodeError, match="expected at most"):
-        decode_scan(dicom_bytes(hu_slice()), "slice.dcm")
+        inspect_bytes(dicom_bytes(hu_slice()), "slice.dcm")
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -612,7 +612,7 @@ def test_other_picture_formats_are_refused(grey_slice: Callable[..., np.ndarray]
     for kind in ("GIF", "BMP", "TIFF"):
         data = picture_bytes(Image.fromarray(grey_slice(100)), kind)
         with pytest.raises(ScanDecodeError, match="neither PNG, JPEG nor DICOM"):
-            decode_scan(data, "picture")
+            inspect_bytes(data, "picture")
 
 
 def test_list_scans_walks_in_order(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, generate_uid
 
 from chestct.errors import ScanDecodeError
-from chestct.imaging import limits, sources
-from chestct.imaging.scan import inspect_scans
+from chestct.imaging import archives, limits
+from chestct.imaging.prepare import inspect_scans
 from chestct.imaging.sources import Source, list_scans, list_sources
 from training.data.phantom import dicom_from_phantom, make_phantom
 
@@ -193,8 +193,8 @@ def test_zip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list(list_sources(path))) == 20
     monkeypatch.setattr(limits, "MAX_FILE_BYTES", 1000)
     assert "expected at most" in error_of(next(list_sources(path)))
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
-    sources._archive.cache_clear()
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1000)
+    archives._archive.cache_clear()
     assert "it would unpack to 0.0 GiB" in error_of(next(list_sources(path)))
 
 
@@ -205,7 +205,7 @@ def test_archive_of_a_million_files_is_refused(
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(100):
             archive.writestr(f"{number}.dcm", b"")
-    monkeypatch.setattr(sources._BoundedFile, "limit", 4000)
+    monkeypatch.setattr(archives._BoundedFile, "limit", 4000)
     assert "its directory is larger than" in error_of(next(list_sources(path)))
 
 
@@ -354,7 +354,7 @@ from pathlib import Path
 import numpy, PIL.Image, pydicom  # while they may be read
 import chestct.batch.pipeline
 os.setgid(65534); os.setuid(65534)
-from chestct.imaging.scan import inspect_scans
+from chestct.imaging.prepare import inspect_scans
 from chestct.imaging.sources import list_sources
 for source in list_sources(Path(sys.argv[1])):
     for found in inspect_scans(source):

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.imaging.body import body_box
-from chestct.imaging.scan import apply_window, load_scan, resize_scan
+from chestct.imaging.prepare import load_scan, resize_scan
+from chestct.imaging.window import apply_window
 from training.common.metrics import wilson_interval
 from training.data.dataset import ScanSet
 from training.data.phantom import LABELS, dicom_from_phantom, make_phantom
