@@ -1,77 +1,29 @@
-"""What a DICOM file says of its slices: how they lie, where, and of what kind they are."""
+"""DICOM files: how slices lie, frames, damage, and real files."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import io
-import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.uid import (
-    BasicTextSRStorage,
-    EncapsulatedPDFStorage,
-    EnhancedCTImageStorage,
-    EnhancedSRStorage,
-    LegacyConvertedEnhancedCTImageStorage,
-    MRImageStorage,
-    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-    RLELossless,
-    SecondaryCaptureImageStorage,
-    XRayRadiationDoseSRStorage,
-)
+from pydicom.uid import EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage, RLELossless
 
-from chestct.contract import LUNG_WINDOW
-from chestct.errors import OutOfDomainError, ScanDecodeError
-from chestct.imaging import dicom, metadata
+from chestct.errors import ScanDecodeError
+from chestct.imaging import dicom
 from chestct.imaging.prepare import Scan, inspect_bytes, inspect_scan, inspect_scans, load_scan
 from chestct.imaging.sources import list_scans
-from chestct.imaging.window import apply_window
+from tests.support.scan_files import SIDE, bytes_of, saved, scan_of
 from training.data.phantom import Phantom, dicom_from_phantom, make_phantom
 
-SIDE = 128
-
-
-@pytest.fixture(scope="module")
-def phantom() -> Phantom:
-    return make_phantom("adenocarcinoma", 4, size=SIDE)
-
-
-@pytest.fixture
-def tags(phantom: Phantom) -> Dataset:
-    """An axial slice as DICOM, which tests bend."""
-    return dicom_from_phantom(phantom)
-
-
-def bytes_of(dataset: Dataset) -> bytes:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of what is written here is wrong on purpose
-        dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
-
-
-def saved(dataset: Dataset, path: Path) -> Path:
-    path.write_bytes(bytes_of(dataset))
-    return path
-
-
-def scan_of(dataset: Dataset, path: Path) -> Scan:
-    return inspect_scan(saved(dataset, path))
-
-
-# How slices lie
-
 LEFT, BACK, HEAD = np.eye(3)
+
+
 # What the scanner tells of a picture that was turned about: direction of its rows, of its columns.
 TURNS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray]] = {
     "HFS": (lambda a: a, LEFT, BACK),
@@ -113,80 +65,6 @@ def test_slice_that_is_not_square_is_turned(tmp_path: Path, tags: Dataset) -> No
     tags.Rows, tags.Columns, tags.PixelData = *stored.T.shape, stored.T.tobytes()
     tags.ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
     np.testing.assert_array_equal(scan_of(tags, tmp_path / "turned.dcm").pixels, expected)
-
-
-@pytest.mark.parametrize(
-    ("orientation", "position", "expected"),
-    [
-        ([1, 0, 0, 0, 1, 0], [-10, -20, 35.5], 35.5),
-        ([-1, 0, 0, 0, 1, 0], [-10, -20, 35.5], 35.5),  # its normal points to the feet
-        ([-1, 0, 0, 0, -1, 0], [-10, -20, -80.25], -80.25),
-        ([1, 0, 0, 0, 0.96, 0.28], [0, 0, 100], 96),  # gantry leans: normal (0, -0.28, 0.96)
-        ([1, 0, 0, 0, 0.96, 0.28], [0, 50, 100], 82),
-        (None, [0, 0, 100], 7.5),  # no orientation: Slice Location
-        ([1, 0, 0, 0, 1, 0], [0, 0], 7.5),
-        ([1, 0, 0, 0, 1, 0], None, 7.5),
-    ],
-)
-def test_position_lies_along_the_normal(
-    tags: Dataset, tmp_path: Path, orientation: Any, position: Any, expected: float
-) -> None:
-    tags.ImageOrientationPatient = orientation
-    tags.ImagePositionPatient = position
-    tags.SliceLocation = 7.5
-    found = scan_of(tags, tmp_path / "scan.dcm").metadata
-    assert found is not None
-    assert found.position_mm == pytest.approx(expected, abs=1e-6)
-
-
-def test_metadata_hold_the_series_and_nothing_of_the_patient(tags: Dataset, tmp_path: Path) -> None:
-    tags.PatientName, tags.PatientID, tags.PatientBirthDate = "Doe^Jane", "MRN-77", "19500203"
-    tags.AccessionNumber, tags.InstitutionName = "ACC-1", "General"
-    tags.ConvolutionKernel, tags.SliceThickness, tags.InstanceNumber = "B70f", "1.25", 12
-    tags.BodyPartExamined = "CHEST"
-    found = scan_of(tags, tmp_path / "scan.dcm").metadata
-    assert found is not None
-    assert (found.study_uid, found.series_uid) == (tags.StudyInstanceUID, tags.SeriesInstanceUID)
-    assert found.sop_uid == tags.SOPInstanceUID
-    assert found.frame_of_reference_uid == tags.FrameOfReferenceUID
-    assert (found.kernel, found.thickness_mm, found.body_part) == ("B70f", 1.25, "CHEST")
-    assert (found.instance, found.frame) == (12, 0)
-    assert not any(word in repr(found) for word in ("Doe", "MRN", "1950", "ACC", "General"))
-    assert pickle.loads(pickle.dumps(found)) == found
-    identifying = {"PatientName", "PatientID", "PatientBirthDate", "AccessionNumber"}
-    assert not identifying.intersection(dicom.FILE_KEYWORDS)
-
-
-def test_a_picture_has_no_metadata(phantom: Phantom, tmp_path: Path) -> None:
-    Image.fromarray(apply_window(phantom.hu, LUNG_WINDOW)).save(tmp_path / "scan.png")
-    (only,) = inspect_scans(tmp_path / "scan.png")
-    assert isinstance(only.scan, Scan)
-    assert only.scan.metadata is None
-    assert only.name == str(tmp_path / "scan.png")
-
-
-@pytest.mark.parametrize("keyword", metadata.SLICE_KEYWORDS)
-def test_broken_attributes_cost_no_slice(tags: Dataset, tmp_path: Path, keyword: str) -> None:
-    """Each tag in turn with bytes that its type does not allow."""
-    if keyword in ("ModalityLUTSequence", "PhotometricInterpretation"):
-        return  # without them a slice cannot be shown
-    from pydicom.datadict import dictionary_VR, tag_for_keyword
-    from pydicom.dataelem import RawDataElement
-    from pydicom.tag import Tag
-
-    tag, kind = Tag(tag_for_keyword(keyword)), dictionary_VR(tag_for_keyword(keyword))
-    kind = "US" if " or " in kind else kind
-    tags[tag] = RawDataElement(tag, kind, 5, b"\xff\x00\\\xfe?", 0, False, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            data = bytes_of(tags)
-        except Exception:
-            pytest.skip("pydicom cannot write it")
-    (tmp_path / "scan.dcm").write_bytes(data)
-    (only,) = inspect_scans(tmp_path / "scan.dcm")
-    if not keyword.startswith(("Rescale", "PixelPadding")):
-        assert isinstance(only.scan, Scan | OutOfDomainError), only.scan
 
 
 # Frames
@@ -357,91 +235,6 @@ def test_bomb_of_items_is_refused(tags: Dataset, monkeypatch: pytest.MonkeyPatch
         inspect_bytes(data, "scan")
 
 
-# What is skipped
-
-
-@pytest.mark.parametrize(
-    ("elements", "kind"),
-    [
-        ({"SOPClassUID": BasicTextSRStorage, "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": EnhancedSRStorage, "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": XRayRadiationDoseSRStorage, "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": "", "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": SecondaryCaptureImageStorage}, "secondary capture"),
-        (
-            {"SOPClassUID": MultiFrameGrayscaleWordSecondaryCaptureImageStorage},
-            "secondary capture",
-        ),
-        ({"SOPClassUID": EncapsulatedPDFStorage, "Modality": "DOC"}, "other object"),
-        ({"SOPClassUID": MRImageStorage, "Modality": "MR"}, "other modality"),
-        ({"Modality": "PT"}, "other modality"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
-        (
-            {
-                "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"],
-                "ImageOrientationPatient": [1, 0, 0, 0, 0, -1],
-            },
-            "localizer",
-        ),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, "coronal"),
-        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "sagittal"),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0.7071, 0.7071]}, "oblique"),
-    ],
-)
-def test_each_kind_of_what_is_skipped_is_told_apart(
-    tags: Dataset, tmp_path: Path, elements: dict[str, Any], kind: str
-) -> None:
-    for keyword, value in elements.items():
-        setattr(tags, keyword, value)
-    if kind == "structured report":
-        for keyword in ("PixelData", "Rows", "Columns"):
-            delattr(tags, keyword)
-    (only,) = inspect_scans(saved(tags, tmp_path / "scan.dcm"))
-    assert isinstance(only.scan, OutOfDomainError)
-    assert only.scan.kind == kind
-    again = pickle.loads(pickle.dumps(only.scan))
-    assert (str(again), again.kind) == (str(only.scan), kind)
-    assert "\n" not in str(again)
-
-
-# The same slice in every clothing
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    bits=st.sampled_from([8, 12, 16]),
-    signed=st.booleans(),
-    slope=st.sampled_from([0.5, 1, 2, 1.5]),
-    offset=st.integers(-200, 200),
-    seed=st.integers(0, 10),
-)
-def test_a_slice_as_dicom_and_as_windowed_picture_gives_the_same_tensor(
-    bits: int, signed: bool, slope: float, offset: int, seed: int
-) -> None:
-    """Whatever the scanner stores: the HU that come out decide."""
-    tags = dicom_from_phantom(phantom := make_phantom("normal", seed, size=SIDE))
-    lowest = -(2 ** (bits - 1)) if signed else 0
-    slope *= 16 if bits == 8 else 1
-    intercept = -1100 + offset - lowest * slope
-    stored = np.rint((phantom.hu.astype(float) - intercept) / slope)
-    stored = stored.clip(lowest, lowest + 2**bits - 1)
-    hu = stored * slope + intercept
-    kind = np.dtype(f"{'i' if signed else 'u'}{1 if bits == 8 else 2}")
-    # Bits above the stored ones hold nothing.
-    pixels = stored.astype(np.int64) & (2**bits - 1)
-    tags.PixelData = pixels.astype(f"u{kind.itemsize}").tobytes()
-    tags.BitsAllocated, tags.BitsStored, tags.HighBit = 8 * kind.itemsize, bits, bits - 1
-    tags.PixelRepresentation = int(signed)
-    tags.RescaleSlope, tags.RescaleIntercept = slope, intercept
-    if "PixelPaddingValue" in tags:
-        del tags.PixelPaddingValue
-    picture = io.BytesIO()
-    Image.fromarray(apply_window(hu, LUNG_WINDOW)).save(picture, "PNG")
-    from_dicom = inspect_bytes(bytes_of(tags), "scan.dcm").pixels
-    assert from_dicom.std() > 20
-    np.testing.assert_array_equal(from_dicom, inspect_bytes(picture.getvalue(), "scan.png").pixels)
-
-
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_damage_to_the_head_gives_a_slice_or_a_decode_error(data: st.DataObject) -> None:
@@ -467,6 +260,8 @@ HEAD_SAMPLE = bytes_of(dicom_from_phantom(make_phantom("normal", 1, size=SIDE)))
 # Real files
 
 UNREADABLE = ("1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.55")
+
+
 LOSSY = ("4.50", "4.51", "4.81", "4.91")
 
 
