@@ -198,12 +198,13 @@ def test_compressed_file_that_promises_more_frames_gives_those_that_it_has(
     assert kinds == [Scan, Scan, ScanDecodeError]
 
 
-def test_file_of_wrong_length_or_of_too_many_frames_is_one_error(
+def test_file_of_wrong_length_or_of_a_wrong_number_of_frames_is_one_error(
     tags: Dataset, tmp_path: Path
 ) -> None:
     for count, message in (
         (4096, "pixels of 2 frames, expected those of 4096"),
-        (4097, "4097 frames, expected at most 4096"),
+        (4097, "4097 frames, expected 1 to 4096"),
+        (-1, "-1 frames, expected 1 to 4096"),
     ):
         tags.NumberOfFrames, tags.PixelData = count, bytes(2 * 2 * SIDE * SIDE)
         (only,) = inspect_scans(saved(tags, tmp_path / "run.dcm"))

@@ -116,7 +116,7 @@ def record(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
     path.write_bytes(data)
     records: list[dict[str, Any]] = []
     for window_name, window in WINDOWS.items():
-        slices = list(inspect_scans(path, window))
+        slices = list(inspect_scans(path, window, with_original=True))
         for number, item in enumerate(slices, start=1):
             about = {"window": window_name, "name": item.name.removeprefix(f"{folder}/")}
             if not isinstance(item.scan, Scan):
@@ -127,12 +127,14 @@ def record(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
             if len(slices) == 1:
                 np.testing.assert_array_equal(load_scan(path, window), item.scan.pixels)
             grey = load_grey(Source(path), window, frame=number if len(slices) > 1 else 0)
-            metadata = item.scan.metadata
+            metadata, original = item.scan.metadata, item.scan.original
+            assert original is not None
             records.append(
                 {
                     **about,
                     "grey": short_hash(grey),
                     "tensor": short_hash(item.scan.pixels),
+                    "original": [short_hash(original.pixels), *original.box, original.is_inverted],
                     "reasons": list(item.scan.reasons),
                     "metadata": None if metadata is None else dataclasses.asdict(metadata),
                 }

@@ -193,8 +193,8 @@ def _require_grey(dataset: Dataset, name: str, max_pixels: int) -> None:
             f"{name}: a slice of {width} x {height} pixels, expected at most 4096 x 4096"
         )
     num_frames = _num_frames(dataset)
-    if num_frames > MAX_FRAMES:
-        raise ScanDecodeError(f"{name}: {num_frames} frames, expected at most {MAX_FRAMES}")
+    if not 1 <= num_frames <= MAX_FRAMES:
+        raise ScanDecodeError(f"{name}: {num_frames} frames, expected 1 to {MAX_FRAMES}")
     interpretation = dataset.get("PhotometricInterpretation")
     if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanDecodeError(

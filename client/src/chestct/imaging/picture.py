@@ -26,11 +26,11 @@ class GreyPicture:
 
     Attributes:
         grey: uint8 (H, W), 0 = floor of the window, 255 = its ceiling.
-        original: The picture as stored, of any mode.
+        picture: As stored, of any mode.
     """
 
     grey: npt.NDArray[np.uint8]
-    original: Image.Image
+    picture: Image.Image
 
 
 class PictureFile:

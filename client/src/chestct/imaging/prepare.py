@@ -24,6 +24,7 @@ from chestct.imaging.body import body_box
 from chestct.imaging.dicom import DicomFile, HuSlice, is_dicom
 from chestct.imaging.limits import ACCEPTED, MAX_PIXELS, require_size
 from chestct.imaging.metadata import SliceMetadata
+from chestct.imaging.original import Original, original_of
 from chestct.imaging.picture import GreyPicture, PictureFile, is_picture
 from chestct.imaging.plausibility import picture_reasons, slice_reasons
 from chestct.imaging.sources import Source
@@ -50,11 +51,13 @@ class Scan:
         reasons: Why it does not look like an axial chest-CT slice, a sentence each; empty for one
             that does.
         metadata: Of the slice and its series in a DICOM file; None for a picture.
+        original: The slice for display; None unless asked for.
     """
 
     pixels: npt.NDArray[np.uint8]
     reasons: tuple[str, ...]
     metadata: SliceMetadata | None = None
+    original: Original | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def inspect_scans(
     window: Window = LUNG_WINDOW,
     *,
     max_pixels: int = MAX_PIXELS,
+    with_original: bool = False,
 ) -> Iterator[Slice]:
     """The slices of one file, one after the other: one for each frame of a multi-frame DICOM file.
 
@@ -136,6 +140,7 @@ def inspect_scans(
         source: A PNG, JPEG or DICOM file, on disk or in a zip archive.
         window: Window for DICOM slices; pictures are windowed already.
         max_pixels: Refuse larger pictures and slices.
+        with_original: Give each slice in its own size, too.
 
     Yields:
         At least one slice; one with an error for a file that cannot be read.
@@ -156,7 +161,8 @@ def inspect_scans(
     for index in frames:
         slice_name = name if len(frames) == 1 else f"{name}#{index + 1}"
         try:
-            yield Slice(slice_name, _inspected(file, index, slice_name, window))
+            scan = _inspected(file, index, slice_name, window, with_original)
+            yield Slice(slice_name, scan)
         except ScanDecodeError as error:
             yield Slice(slice_name, error)
 
@@ -204,7 +210,11 @@ def resize_scan(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """
     if grey.dtype != np.uint8 or grey.ndim != 2:
         raise ValueError(f"grey is {grey.dtype} {grey.shape}: expected uint8 (H, W)")
-    top, bottom, left, right = body_box(grey)
+    return _resized(grey, body_box(grey))
+
+
+def _resized(grey: npt.NDArray[np.uint8], box: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
+    top, bottom, left, right = box
     resized = Image.fromarray(grey).resize(
         (SCAN_SIZE, SCAN_SIZE), Image.Resampling.BILINEAR, (left, top, right, bottom)
     )
@@ -229,17 +239,25 @@ def _require_one_frame(file: DicomFile | PictureFile, name: str) -> None:
         )
 
 
-def _inspected(file: DicomFile | PictureFile, index: int, name: str, window: Window) -> Scan:
+def _inspected(
+    file: DicomFile | PictureFile,
+    index: int,
+    name: str,
+    window: Window,
+    with_original: bool = False,
+) -> Scan:
     with decoding(file.file_format, name):
         found = file.frame(index, name)
         grey = _grey(found, window)
-        pixels = resize_scan(grey)
+        box = body_box(grey)
+        pixels = _resized(grey, box)
+        original = original_of(found, box) if with_original else None
         if isinstance(found, GreyPicture):
-            return Scan(pixels, tuple(picture_reasons(found.original, grey)))
+            return Scan(pixels, tuple(picture_reasons(found.picture, grey)), None, original)
         reasons = slice_reasons(
             grey, window, body_part=found.metadata.body_part, is_inverted=found.is_inverted
         )
-        return Scan(pixels, tuple(reasons), found.metadata)
+        return Scan(pixels, tuple(reasons), found.metadata, original)
 
 
 def _grey(found: HuSlice | GreyPicture, window: Window) -> npt.NDArray[np.uint8]:

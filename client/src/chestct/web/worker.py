@@ -27,7 +27,6 @@ from PIL import Image
 
 from chestct.contract import Window
 from chestct.errors import ScanDecodeError
-from chestct.imaging._warnings import without_warnings
 from chestct.imaging.archives import (
     ZIP_SIGNATURES,
     has_known_method,
@@ -35,15 +34,11 @@ from chestct.imaging.archives import (
     is_hidden,
     read_member,
 )
-from chestct.imaging.body import body_box
-from chestct.imaging.dicom import DicomFile, is_dicom
 from chestct.imaging.limits import limit_memory, require_size
 from chestct.imaging.prepare import Scan, inspect_scans
 from chestct.imaging.sources import INDEX_NAME, Source, has_scan_name
-from chestct.imaging.window import grey_from_hu
 
 MAX_UNPACKED_BYTES = 4 * 2**30  # of a whole archive; one member at a time is in memory
-INT16 = np.iinfo(np.int16)
 
 
 @dataclass(frozen=True)
@@ -128,29 +123,30 @@ def _file_messages(
     window = Window(*task["window"])
     try:
         start = time.perf_counter()
-        sent = _Sent(Path(), source.name, source.read())
-        for found in inspect_scans(sent, window, max_pixels=task["max_pixels"]):
+        for found in inspect_scans(
+            source, window, max_pixels=task["max_pixels"], with_original=bool(task["side"])
+        ):
             if not isinstance(found.scan, Scan):
                 yield _error_message(found.name, found.scan)
             else:
                 decode_ms = 1000 * (time.perf_counter() - start)
-                facts = found.scan.metadata
+                metadata, original = found.scan.metadata, found.scan.original
                 header = {
                     "kind": "scan",
                     "name": found.name,
                     "reasons": found.scan.reasons,
                     "decode_ms": decode_ms,
-                    "series": _alias(facts.series_uid if facts else "", task["key"]),
-                    "position_mm": facts.position_mm if facts else None,
+                    "series": _alias(metadata.series_uid if metadata else "", task["key"]),
+                    "position_mm": metadata.position_mm if metadata else None,
                 }
                 blobs = [found.scan.pixels.tobytes()]
-                if task["side"]:
-                    frame = max(facts.frame - 1, 0) if facts else 0
-                    shown, box, is_inverted = _original(sent.data, found.name, frame, window)
-                    size = shown.shape[:2]
-                    small = _reduced(shown, task["side"])
+                if original:
+                    height, width = size = original.pixels.shape[:2]
+                    top, bottom, left, right = original.box
+                    box = top / height, left / width, bottom / height, right / width
+                    small = _reduced(original.pixels, task["side"])
                     header |= {"shape": small.shape, "dtype": small.dtype.str}
-                    header |= {"size": size, "box": box, "inverted": is_inverted}
+                    header |= {"size": size, "box": box, "inverted": original.is_inverted}
                     blobs.append(small.tobytes())
                 yield header, blobs
             start = time.perf_counter()
@@ -224,46 +220,6 @@ def _may_be_scan(info: zipfile.ZipInfo) -> bool:
     place = PurePosixPath(info.filename)
     is_left_out = info.is_dir() or is_hidden(info.filename) or place.name == INDEX_NAME
     return has_scan_name(info.filename) and not is_left_out
-
-
-def _original(
-    data: bytes, name: str, frame: int, window: Window
-) -> tuple[npt.NDArray[Any], tuple[float, ...], bool]:
-    """The slice for the eye, what of it the network saw, and whether low values are bright in it.
-
-    Returns:
-        int16 (H, W) in Hounsfield units, or uint8 (H, W), or (H, W, 3) of a coloured picture; top,
-        left, bottom and right as parts of height and width; and whether it is MONOCHROME1.
-    """
-    with without_warnings:
-        if not is_dicom(data):
-            picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
-            return *_picture_original(picture), False
-        found = DicomFile(data, name).frame(frame, name)
-        levels = np.clip(np.rint(found.levels_hu), INT16.min, INT16.max).astype(np.int16)
-        box = _box(grey_from_hu(found, window))
-        return levels.take(found.level_index), box, found.is_inverted
-
-
-def _picture_original(picture: Image.Image) -> tuple[npt.NDArray[Any], tuple[float, ...]]:
-    if picture.mode.startswith("I"):
-        grey = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return grey, _box(grey)
-    if picture.has_transparency_data:
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    grey = np.asarray(picture.convert("L"))
-    if picture.mode in ("1", "L", "LA"):
-        return grey, _box(grey)
-    coloured = np.asarray(picture.convert("RGB"))
-    is_grey = not np.ptp(coloured, axis=2).any()
-    return (grey if is_grey else coloured), _box(grey)
-
-
-def _box(grey: npt.NDArray[np.uint8]) -> tuple[float, float, float, float]:
-    height, width = grey.shape
-    top, bottom, left, right = body_box(grey)
-    return top / height, left / width, bottom / height, right / width
 
 
 def _reduced(shown: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
