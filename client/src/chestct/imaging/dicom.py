@@ -48,8 +48,7 @@ ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # PS3.5, section 7.5, bo
 ITEM_BYTES = 8  # at least
 MAX_ITEMS = 200_000  # some 50 for each frame; an item of 8 bytes becomes one of a kilobyte
 
-# All that is read of a DICOM file: what it is, how to decode its pixels, and how to show them.
-# Nothing that names a patient is.
+# Only these attributes are read; none of them names a patient.
 FILE_KEYWORDS = (
     *SLICE_KEYWORDS,
     *GROUP_KEYWORDS,
@@ -72,17 +71,16 @@ FILE_KEYWORDS = (
 
 @dataclass(frozen=True)
 class HuSlice:
-    """One slice in Hounsfield units, by levels: a slice has a few thousand of them.
+    """One slice in Hounsfield units: `levels_hu[level_index]`.
 
-    What depends on the value of a pixel alone is worked out once for each level, and looked up for
-    each pixel: `levels_hu[level_index]` is the slice in HU.
+    A slice has a few thousand levels. Rescale, window and padding depend on the level alone, so
+    they are computed for each level and looked up for each pixel.
 
     Attributes:
-        levels_hu: Float or int (K,), HU of each level; a level for each pixel where the stored
-            values have more than 16 bits.
+        levels_hu: Float or int (K,), HU of each level. Stored values of more than 16 bits have a
+            level for each pixel.
         is_padding: bool (K,), levels where nothing was measured.
-        level_index: Int (H, W), the front of the body at the top and its right side at
-            the left.
+        level_index: Int (H, W); the front of the body is at the top, its right side at the left.
         is_inverted: Low values are shown bright: MONOCHROME1.
         metadata: Of the slice and its series.
     """
@@ -95,7 +93,7 @@ class HuSlice:
 
 
 class DicomFile:
-    """A DICOM file whose attributes are parsed once; the pixels of a frame are decoded when asked.
+    """A parsed DICOM file, which decodes a frame when asked.
 
     Args:
         data: The whole file.

@@ -53,11 +53,11 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What records carry as `path`: `study.zip!series/IM001.dcm` for a file in an archive."""
+        """The `path` of records: `study.zip!series/IM001.dcm` for a file in an archive."""
         return f"{self.path}!{self.member}" if self.member else str(self.path)
 
     def num_bytes(self) -> int:
-        """How large it is, unpacked; 0 where that cannot be known."""
+        """Size, unpacked; 0 if it is unknown."""
         try:
             if self.member:
                 return open_archive(self.path).getinfo(self.member).file_size
@@ -181,7 +181,7 @@ def _has_preamble(head: bytes) -> bool:
 
 
 def _listed(index: Path) -> list[Path]:
-    """The files that a DICOMDIR lists, if it can be read and all of them are there."""
+    """Files that a DICOMDIR lists; none if it is unreadable or if one of them is missing."""
     try:
         if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
             return []
@@ -226,7 +226,7 @@ def _members(path: Path) -> Iterator[Source]:
 
 
 def _members_by_index(archive: zipfile.ZipFile, infos: dict[str, Any]) -> list[str]:
-    """What the only DICOMDIR of an archive lists, if it can be read and all of it is there."""
+    """Members that the only DICOMDIR lists; none if it is unreadable or if one is missing."""
     indices = [name for name in infos if PurePosixPath(name).name == INDEX_NAME]
     if len(indices) != 1 or infos[indices[0]].file_size > MAX_INDEX_BYTES:
         return []
