@@ -345,7 +345,7 @@ def secondary_capture(
             photometric_interpretation="RGB",
             bits_allocated=8,
             coordinate_system="PATIENT",
-            patient_orientation=("L", "P"),  # as `chestct.imaging.dicom.upright` turns every slice
+            patient_orientation=("L", "P"),  # as `chestct.imaging.dicom` turns every slice
             pixel_spacing=_upright_spacing_mm(header),
             series_instance_uid=ids.series_of("sc"),
             series_number=ids.series_number + 1,
@@ -660,7 +660,7 @@ def _usable_headers(slices: Sequence[SourceSlice]) -> list[Dataset]:
 
 
 def _upright_spacing_mm(header: Dataset) -> Any:
-    """Pixel Spacing (0028,0030), rows first, of a slice turned by `imaging.dicom.upright`."""
+    """Pixel Spacing (0028,0030), rows first, of a slice turned by `chestct.imaging.dicom`."""
     spacing = header.get("PixelSpacing")
     if not spacing or len(spacing) != 2:
         return None
