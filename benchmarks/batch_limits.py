@@ -20,7 +20,7 @@ from benchmarks.latency import interval_in_words
 from benchmarks.layouts import Layout, write_layouts
 from benchmarks.variants import Variant, median_interval
 from chestct.batch.pipeline import classify_sources, decode_source, new_workers
-from chestct.imaging.scan import Scan
+from chestct.imaging.prepare import Scan
 from chestct.imaging.sources import Source
 from chestct.inference.server_pool import Fleet
 from chestct.results.records import json_text

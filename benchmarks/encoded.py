@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.variants import median_interval
-from chestct.imaging.scan import inspect_scan, list_scans
+from chestct.imaging.prepare import inspect_scan
+from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
 from export.publish.repository import ENCODED, served_version
 from serving.local import LocalTriton

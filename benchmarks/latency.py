@@ -36,7 +36,8 @@ from benchmarks.variants import (
     read_curve,
     scores_of,
 )
-from chestct.imaging.scan import list_scans, load_scan
+from chestct.imaging.prepare import load_scan
+from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
 from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError

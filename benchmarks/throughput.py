@@ -33,7 +33,8 @@ from benchmarks.server import answers_of, statistics_of
 from benchmarks.variants import MeasuredConfig, Variant, find_variants, scores_of
 from chestct.batch.pipeline import classify_paths
 from chestct.contract import ModelFacts
-from chestct.imaging.scan import list_scans, load_scan
+from chestct.imaging.prepare import load_scan
+from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
 from chestct.results.records import json_text
 from export.check.parity import spread_scans

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.environment import environment
 from chestct.contract import MODEL_NAME
-from chestct.imaging.scan import inspect_scan
+from chestct.imaging.prepare import inspect_scan
 from chestct.inference.client import ScanClient
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import write_json

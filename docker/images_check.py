@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from chestct.imaging.scan import list_scans, load_scan
+from chestct.imaging.prepare import load_scan
+from chestct.imaging.sources import list_scans
 
 logger = logging.getLogger("images_check")
 

@@ -170,7 +170,8 @@ def trained(phantoms: Workspace, build_once: BuildOnce) -> Workspace:
 @pytest.fixture(scope="session")
 def scan_batch(phantoms: Workspace) -> np.ndarray:
     """The test phantoms, uint8 (12, 224, 224, 1)."""
-    from chestct.imaging.scan import list_scans, load_scan
+    from chestct.imaging.prepare import load_scan
+    from chestct.imaging.sources import list_scans
 
     return np.stack([load_scan(path) for path in list_scans(phantoms.scans / "test")])
 

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ContractError, ServerUnavailableError
-from chestct.imaging.scan import list_scans, load_scan
+from chestct.imaging.prepare import load_scan
+from chestct.imaging.sources import list_scans
 from chestct.inference.client import AsyncScanClient, ScanClient
 from export.check.parity import Tolerance, compare, keras_runner, triton_runner
 from export.publish.repository import RepositoryConfig, parsed_config, write_repository

@@ -20,7 +20,7 @@ import pytest
 from pydicom import Dataset, dcmread
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from chestct.imaging.scan import inspect_scan
+from chestct.imaging.prepare import inspect_scan
 from chestct.inference.client import ScanClient
 from chestct.pacs.reports import classify_series
 from chestct.results.records import result_line
@@ -201,7 +201,10 @@ def expected_series(url: str, files: list[Path]) -> dict[str, Any]:
         for index, (file, scan) in enumerate(zip(files, scans, strict=True))
     ]
     return series_record(
-        [SeriesSlice.from_record(line, scan.facts) for line, scan in zip(lines, scans, strict=True)]
+        [
+            SeriesSlice.from_record(line, scan.metadata)
+            for line, scan in zip(lines, scans, strict=True)
+        ]
     )
 
 

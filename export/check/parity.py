@@ -20,7 +20,8 @@ from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from chestct.contract import INPUT_NAME, MODEL_NAME, OUTPUT_NAMES, ModelFacts
-from chestct.imaging.scan import list_scans, load_scan
+from chestct.imaging.prepare import load_scan
+from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
 from training.common.atomic_io import sha256_of, write_json
 from training.common.cli import command_parser, run_command

@@ -31,7 +31,8 @@ with atheris.instrument_imports(include=["chestct", "pydicom"]):
 
     from chestct.contract import LUNG_WINDOW
     from chestct.errors import ScanDecodeError
-    from chestct.imaging.scan import _inspected, _opened, apply_window, num_frames
+    from chestct.imaging.prepare import _inspected, _opened
+    from chestct.imaging.window import apply_window
 
 import numpy as np
 from PIL import Image
@@ -103,13 +104,12 @@ def seeds() -> Iterator[bytes]:
 def decode(data: bytes) -> None:
     """What `inspect_scans` does with the bytes of a file, of its first frames."""
     try:
-        opened = _opened(data, "scan")
+        file = _opened(data, "scan")
     except ScanDecodeError:
         return
-    count = 1 if isinstance(opened, Image.Image) else num_frames(opened)
-    for frame in range(min(count, MAX_SEED_FRAMES)):
+    for frame in range(min(file.num_frames, MAX_SEED_FRAMES)):
         try:
-            scan = _inspected(opened, frame, "scan", LUNG_WINDOW)
+            scan = _inspected(file, frame, "scan", LUNG_WINDOW)
         except ScanDecodeError:
             continue
         if scan.pixels.shape != (224, 224, 1) or scan.pixels.dtype != np.uint8:

@@ -72,7 +72,7 @@ def test_package_exports_everything_that_it_names() -> None:
     }
     assert public == set(chestct.__all__)
     assert set(chestct.errors.__all__) <= public
-    assert set(chestct.imaging.scan.__all__) <= public
+    assert set(chestct.imaging.prepare.__all__) <= public
     assert set(chestct.inference.client.__all__) <= public
 
 

@@ -23,7 +23,8 @@ from tritonclient.utils import InferenceServerException
 from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelFacts, Window
 from chestct.errors import ScanDecodeError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
-from chestct.imaging.scan import decode_scan, inspect_scan, list_scans
+from chestct.imaging.prepare import inspect_bytes, inspect_scan
+from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
 from export.publish.repository import write_encoded
 from serving.local import LocalTriton
@@ -116,7 +117,8 @@ def test_a_file_gives_the_numbers_of_the_clients_own_decoding(
 def test_the_window_of_the_model_shows_the_dicom_slice(files: dict[str, Path]) -> None:
     """The test above would not see a step that took the default window, if this were equal."""
     data = files["dicom"].read_bytes()
-    assert (decode_scan(data, "slice", FACTS.window) != decode_scan(data, "slice")).mean() > 0.1
+    shown = inspect_bytes(data, "slice", FACTS.window).pixels
+    assert (shown != inspect_bytes(data, "slice").pixels).mean() > 0.1
 
 
 def broken_files(files: dict[str, Path]) -> dict[str, bytes]:
@@ -142,7 +144,7 @@ def test_bad_bytes_are_the_callers_error_in_the_clients_words(
     data = broken_files(files)[case]
     plain = b"nothing" if case == "base64 of nothing" else data
     with pytest.raises(ScanDecodeError) as expected:
-        decode_scan(plain, "file", FACTS.window)
+        inspect_bytes(plain, "file", FACTS.window)
     message = f"{expected.type.__name__}: {expected.value}"
     for infer, status in ((infer_grpc, "StatusCode.INVALID_ARGUMENT"), (infer_http, "400")):
         with pytest.raises(InferenceServerException) as refused:

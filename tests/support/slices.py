@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from chestct.contract import LUNG_WINDOW, Window
-from chestct.imaging.scan import apply_window, resize_scan
+from chestct.imaging.prepare import resize_scan
+from chestct.imaging.window import apply_window
 
 
 def scan_of(hu: np.ndarray, window: Window = LUNG_WINDOW) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The scans of a split file as one array, decoded by `chestct.imaging.scan`."""
+"""The scans of a split file as one array, decoded by `chestct.imaging.prepare`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, Window
-from chestct.imaging.scan import load_scan
+from chestct.imaging.prepare import load_scan
 
 SPLITS = ("train", "valid", "test")
 

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
-from chestct.imaging.scan import load_grey
+from chestct.imaging.prepare import load_grey
 from training.data.ingest import ScanFile, list_scan_folder
 
 THUMBNAIL_PX = 32

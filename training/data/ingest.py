@@ -35,7 +35,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
-from chestct.imaging.scan import SCAN_SUFFIXES, load_grey
+from chestct.imaging.archives import is_encrypted, is_hidden
+from chestct.imaging.prepare import load_grey
+from chestct.imaging.sources import has_scan_name
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import (
@@ -511,7 +513,7 @@ def _checked_members(
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{name}: {info.filename!r} is a link or device; refused")
-        if info.flag_bits & 1:
+        if is_encrypted(info):
             raise ValueError(f"{name}: {info.filename!r} is encrypted; unpack it yourself first")
         _require_ratio(f"{name}: {info.filename!r}", info.file_size, info.compress_size, config)
         if not info.is_dir():
@@ -588,7 +590,7 @@ def _find_root(source: str, paths: Iterable[str]) -> tuple[str, str]:
         source: For the error message.
         paths: Relative paths of files, and of folders with a slash at the end.
     """
-    root, below = "", {path for path in paths if not _is_clutter(path)}
+    root, below = "", {path for path in paths if not is_hidden(path)}
     while True:
         tops = {path.split("/")[0] for path in below if "/" in path}
         if any(top.lower() in SPLIT_NAMES for top in tops):
@@ -605,7 +607,7 @@ def _find_root(source: str, paths: Iterable[str]) -> tuple[str, str]:
 
 def _target_folder(path: str, root: str, layout: str, labels: Mapping[str, str]) -> str | None:
     """`SPLIT/LABEL` or `LABEL` for a class folder's relative path; None for any other folder."""
-    if not path.startswith(root) or _is_clutter(path):
+    if not path.startswith(root) or is_hidden(path):
         return None
     parts = path.removeprefix(root).split("/")
     if layout == "classes" and len(parts) == 1:
@@ -624,7 +626,7 @@ def _place(
     for path in sorted(files):
         folder, _, name = path.rpartition("/")
         target = _target_folder(folder, root, layout, labels) if folder else None
-        if target is None or not _is_scan(path) or _is_clutter(path):
+        if target is None or not _is_scan(path) or is_hidden(path):
             continue
         placed[path] = f"{target}/{name}"
         if placed[path] in taken:
@@ -636,14 +638,9 @@ def _place(
     return placed
 
 
-def _is_clutter(path: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
-
-
 def _is_scan(path: str) -> bool:
     """Whether a file is meant as a scan; scanners write DICOM without a suffix or with a number."""
-    suffix = PurePosixPath(path).suffix.lower()
-    return not path.endswith("/") and (suffix in (*SCAN_SUFFIXES, "") or suffix[1:].isdigit())
+    return not path.endswith("/") and has_scan_name(path)
 
 
 def _find_broken(files: Mapping[str, Path]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from tqdm import tqdm
 
 from chestct.contract import LUNG_WINDOW
-from chestct.imaging.scan import apply_window
+from chestct.imaging.window import apply_window
 from training.common.atomic_io import replaced
 from training.common.cli import command_parser, run_command
 from training.common.config import Share, config_class, load_config

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from chestct.contract import SCAN_SHAPE, ModelFacts
 from chestct.errors import ScanDecodeError
-from chestct.imaging.scan import inspect_scan, list_scans
+from chestct.imaging.prepare import inspect_scan
+from chestct.imaging.sources import list_scans
 from training.common.markdown import plain
 from training.common.metrics import auroc, wilson_interval
 from training.data.dataset import predict_outputs

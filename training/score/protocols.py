@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chestct.contract import ModelFacts
-from chestct.imaging.scan import list_scans
+from chestct.imaging.sources import list_scans
 from training.common.metrics import NORMAL, calibration_error, reliability, score
 from training.data.dataset import ScanSet, load_pixels, predict_outputs, read_split
 from training.score.baselines import BASELINES

@@ -16,22 +16,19 @@ from chestct.errors import (
     SpoolError,
     SpoolFullError,
 )
-from chestct.imaging.scan import (
-    SCAN_SUFFIXES,
+from chestct.imaging.metadata import SliceMetadata
+from chestct.imaging.prepare import (
     Scan,
     Slice,
-    SliceFacts,
-    apply_window,
-    decode_scan,
     inspect_bytes,
     inspect_scan,
     inspect_scans,
-    list_scans,
     load_grey,
     load_scan,
     resize_scan,
 )
-from chestct.imaging.sources import Source, list_sources
+from chestct.imaging.sources import SCAN_SUFFIXES, Source, list_scans, list_sources
+from chestct.imaging.window import apply_window
 from chestct.inference.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
 from chestct.results.records import error_line, json_text, result_line
 from chestct.results.series import SeriesSlice, group_series, series_record
@@ -60,7 +57,7 @@ __all__ = [
     "ServerError",
     "ServerUnavailableError",
     "Slice",
-    "SliceFacts",
+    "SliceMetadata",
     "Source",
     "SpoolError",
     "SpoolFullError",
@@ -68,7 +65,6 @@ __all__ = [
     "Window",
     "apply_window",
     "classify_paths",
-    "decode_scan",
     "error_line",
     "group_series",
     "inspect_bytes",

@@ -35,7 +35,7 @@ OUTPUT_NAMES = ("probabilities", "activation_map", "domain_distance")
 SCAN_SIZE = 224  # pixels; the input side of VGG-16 (Simonyan and Zisserman 2015, section 2.1)
 SCAN_SHAPE = (SCAN_SIZE, SCAN_SIZE, 1)
 MAP_SIZE = 14  # places along a side of block5_conv3: 224 / 2**4
-# How `chestct.imaging.scan` frames a slice; a model trained on other frames must not be fed these.
+# How `chestct.imaging` frames a slice; a model trained on other frames must not be fed these.
 PREPARATION = "body-box-1"
 NOT_A_MEDICAL_DEVICE = "Research use only. Not a medical device."
 

@@ -1,7 +1,7 @@
 """Triton backend called `chestct_scan`: the bytes of a file become the scan that the network eats.
 
 First step of the ensemble `chestct_encoded`. Decoding, windowing and resizing are those of
-`chestct.imaging.scan`, so a file gives the same numbers here as in the client. `serving.local`
+`chestct.imaging.prepare`, so a file gives the same numbers here as in the client. `serving.local`
 lays the package `chestct` beside this file; elsewhere it is installed into the Python that Triton
 runs.
 """
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent))
 from chestct.contract import INPUT_NAME, NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ScanDecodeError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES, limit_memory
-from chestct.imaging.scan import inspect_bytes
+from chestct.imaging.prepare import inspect_bytes
 
 Tensors = dict[str, np.ndarray]
 

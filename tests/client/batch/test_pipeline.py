@@ -23,8 +23,8 @@ from chestct.batch.pipeline import (
 )
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import InferenceError, ServerUnavailableError
-from chestct.imaging.scan import Slice, inspect_scans, list_scans
-from chestct.imaging.sources import Source
+from chestct.imaging.prepare import Slice, inspect_scans
+from chestct.imaging.sources import Source, list_scans
 from chestct.inference.client import ScanClient
 from chestct.inference.server_pool import Fleet
 from tests.client.swelling import dicom_that_swells

@@ -1,83 +1,29 @@
-"""What a DICOM file says of its slices: how they lie, where, and of what kind they are."""
+"""DICOM files: how slices lie, frames, damage, and real files."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import io
-import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.uid import (
-    BasicTextSRStorage,
-    EncapsulatedPDFStorage,
-    EnhancedCTImageStorage,
-    EnhancedSRStorage,
-    LegacyConvertedEnhancedCTImageStorage,
-    MRImageStorage,
-    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-    RLELossless,
-    SecondaryCaptureImageStorage,
-    XRayRadiationDoseSRStorage,
-)
+from pydicom.uid import EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage, RLELossless
 
-from chestct.contract import LUNG_WINDOW
-from chestct.errors import OutOfDomainError, ScanDecodeError
+from chestct.errors import ScanDecodeError
 from chestct.imaging import dicom
-from chestct.imaging.scan import (
-    Scan,
-    apply_window,
-    decode_scan,
-    inspect_scan,
-    inspect_scans,
-    list_scans,
-    load_scan,
-)
+from chestct.imaging.prepare import Scan, inspect_bytes, inspect_scan, inspect_scans, load_scan
+from chestct.imaging.sources import list_scans
+from tests.support.scan_files import SIDE, bytes_of, saved, scan_of
 from training.data.phantom import Phantom, dicom_from_phantom, make_phantom
 
-SIDE = 128
-
-
-@pytest.fixture(scope="module")
-def phantom() -> Phantom:
-    return make_phantom("adenocarcinoma", 4, size=SIDE)
-
-
-@pytest.fixture
-def tags(phantom: Phantom) -> Dataset:
-    """An axial slice as DICOM, which tests bend."""
-    return dicom_from_phantom(phantom)
-
-
-def bytes_of(dataset: Dataset) -> bytes:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of what is written here is wrong on purpose
-        dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
-
-
-def saved(dataset: Dataset, path: Path) -> Path:
-    path.write_bytes(bytes_of(dataset))
-    return path
-
-
-def scan_of(dataset: Dataset, path: Path) -> Scan:
-    return inspect_scan(saved(dataset, path))
-
-
-# How slices lie
-
 LEFT, BACK, HEAD = np.eye(3)
+
+
 # What the scanner tells of a picture that was turned about: direction of its rows, of its columns.
 TURNS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray]] = {
     "HFS": (lambda a: a, LEFT, BACK),
@@ -119,80 +65,6 @@ def test_slice_that_is_not_square_is_turned(tmp_path: Path, tags: Dataset) -> No
     tags.Rows, tags.Columns, tags.PixelData = *stored.T.shape, stored.T.tobytes()
     tags.ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
     np.testing.assert_array_equal(scan_of(tags, tmp_path / "turned.dcm").pixels, expected)
-
-
-@pytest.mark.parametrize(
-    ("orientation", "position", "expected"),
-    [
-        ([1, 0, 0, 0, 1, 0], [-10, -20, 35.5], 35.5),
-        ([-1, 0, 0, 0, 1, 0], [-10, -20, 35.5], 35.5),  # its normal points to the feet
-        ([-1, 0, 0, 0, -1, 0], [-10, -20, -80.25], -80.25),
-        ([1, 0, 0, 0, 0.96, 0.28], [0, 0, 100], 96),  # gantry leans: normal (0, -0.28, 0.96)
-        ([1, 0, 0, 0, 0.96, 0.28], [0, 50, 100], 82),
-        (None, [0, 0, 100], 7.5),  # no orientation: Slice Location
-        ([1, 0, 0, 0, 1, 0], [0, 0], 7.5),
-        ([1, 0, 0, 0, 1, 0], None, 7.5),
-    ],
-)
-def test_position_lies_along_the_normal(
-    tags: Dataset, tmp_path: Path, orientation: Any, position: Any, expected: float
-) -> None:
-    tags.ImageOrientationPatient = orientation
-    tags.ImagePositionPatient = position
-    tags.SliceLocation = 7.5
-    facts = scan_of(tags, tmp_path / "scan.dcm").facts
-    assert facts is not None
-    assert facts.position_mm == pytest.approx(expected, abs=1e-6)
-
-
-def test_facts_carry_the_series_and_nothing_of_the_patient(tags: Dataset, tmp_path: Path) -> None:
-    tags.PatientName, tags.PatientID, tags.PatientBirthDate = "Doe^Jane", "MRN-77", "19500203"
-    tags.AccessionNumber, tags.InstitutionName = "ACC-1", "General"
-    tags.ConvolutionKernel, tags.SliceThickness, tags.SpacingBetweenSlices = "B70f", "1.25", "1"
-    tags.InstanceNumber, tags.PatientPosition = 12, "FFS"
-    facts = scan_of(tags, tmp_path / "scan.dcm").facts
-    assert facts is not None
-    assert (facts.study_uid, facts.series_uid) == (tags.StudyInstanceUID, tags.SeriesInstanceUID)
-    assert facts.sop_uid == tags.SOPInstanceUID
-    assert facts.frame_of_reference_uid == tags.FrameOfReferenceUID
-    assert (facts.kernel, facts.thickness_mm, facts.spacing_mm) == ("B70f", 1.25, 1.0)
-    assert (facts.instance, facts.frame, facts.patient_position) == (12, 0, "FFS")
-    assert not any(word in repr(facts) for word in ("Doe", "MRN", "1950", "ACC", "General"))
-    assert pickle.loads(pickle.dumps(facts)) == facts
-    identifying = {"PatientName", "PatientID", "PatientBirthDate", "AccessionNumber"}
-    assert not identifying.intersection(dicom.FILE_KEYWORDS)
-
-
-def test_a_picture_has_no_facts(phantom: Phantom, tmp_path: Path) -> None:
-    Image.fromarray(apply_window(phantom.hu, LUNG_WINDOW)).save(tmp_path / "scan.png")
-    (only,) = inspect_scans(tmp_path / "scan.png")
-    assert isinstance(only.scan, Scan)
-    assert only.scan.facts is None
-    assert only.name == str(tmp_path / "scan.png")
-
-
-@pytest.mark.parametrize("keyword", dicom.SLICE_KEYWORDS)
-def test_broken_facts_cost_no_slice(tags: Dataset, tmp_path: Path, keyword: str) -> None:
-    """Each tag in turn with bytes that its type does not allow."""
-    if keyword in ("ModalityLUTSequence", "PhotometricInterpretation"):
-        return  # without them a slice cannot be shown
-    from pydicom.datadict import dictionary_VR, tag_for_keyword
-    from pydicom.dataelem import RawDataElement
-    from pydicom.tag import Tag
-
-    tag, kind = Tag(tag_for_keyword(keyword)), dictionary_VR(tag_for_keyword(keyword))
-    kind = "US" if " or " in kind else kind
-    tags[tag] = RawDataElement(tag, kind, 5, b"\xff\x00\\\xfe?", 0, False, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            data = bytes_of(tags)
-        except Exception:
-            pytest.skip("pydicom cannot write it")
-    (tmp_path / "scan.dcm").write_bytes(data)
-    (only,) = inspect_scans(tmp_path / "scan.dcm")
-    if not keyword.startswith(("Rescale", "PixelPadding")):
-        assert isinstance(only.scan, Scan | OutOfDomainError), only.scan
 
 
 # Frames
@@ -258,11 +130,11 @@ def test_frames_are_slices_each_by_its_own_groups(
     for number, item in enumerate(found, start=1):
         assert isinstance(item.scan, Scan), item.scan
         np.testing.assert_array_equal(item.scan.pixels, expected)
-        facts = item.scan.facts
-        assert facts is not None
-        assert facts.frame == number
-        assert facts.position_mm == pytest.approx(5 * (number - 1))
-        assert (facts.kernel, facts.thickness_mm) == ("B40f", 5.0)
+        own = item.scan.metadata
+        assert own is not None
+        assert own.frame == number
+        assert own.position_mm == pytest.approx(5 * (number - 1))
+        assert (own.kernel, own.thickness_mm) == ("B40f", 5.0)
     with pytest.raises(ScanDecodeError, match="6 frames, expected one"):
         load_scan(path)
 
@@ -276,8 +148,8 @@ def test_enhanced_ct_of_one_frame_is_a_slice(tags: Dataset, tmp_path: Path) -> N
     (only,) = inspect_scans(path)
     assert only.name == str(path)
     assert isinstance(only.scan, Scan)
-    assert only.scan.facts is not None
-    assert only.scan.facts.frame == 0
+    assert only.scan.metadata is not None
+    assert only.scan.metadata.frame == 0
 
 
 def test_attributes_of_a_frame_that_no_standard_group_holds(tags: Dataset, tmp_path: Path) -> None:
@@ -287,7 +159,7 @@ def test_attributes_of_a_frame_that_no_standard_group_holds(tags: Dataset, tmp_p
         group.UnassignedPerFrameConvertedAttributesSequence = [Dataset()]
         group.UnassignedPerFrameConvertedAttributesSequence[0].InstanceNumber = 40 + number
     found = list(inspect_scans(saved(dataset, tmp_path / "run.dcm")))
-    assert [item.scan.facts.instance for item in found] == [41, 42]
+    assert [item.scan.metadata.instance for item in found] == [41, 42]
 
 
 def test_a_bad_frame_costs_itself_only(tags: Dataset, tmp_path: Path) -> None:
@@ -326,12 +198,13 @@ def test_compressed_file_that_promises_more_frames_gives_those_that_it_has(
     assert kinds == [Scan, Scan, ScanDecodeError]
 
 
-def test_file_of_wrong_length_or_of_too_many_frames_is_one_error(
+def test_file_of_wrong_length_or_of_a_wrong_number_of_frames_is_one_error(
     tags: Dataset, tmp_path: Path
 ) -> None:
     for count, message in (
         (4096, "pixels of 2 frames, expected those of 4096"),
-        (4097, "4097 frames, expected at most 4096"),
+        (4097, "4097 frames, expected 1 to 4096"),
+        (-1, "-1 frames, expected 1 to 4096"),
     ):
         tags.NumberOfFrames, tags.PixelData = count, bytes(2 * 2 * SIDE * SIDE)
         (only,) = inspect_scans(saved(tags, tmp_path / "run.dcm"))
@@ -347,7 +220,7 @@ def test_panic_of_a_codec_is_a_decode_error(tags: Dataset, tmp_path: Path) -> No
     for place in range(start, start + 600):
         broken = data[:place] + b"\x81" + data[place + 1 :]  # 128 times the next
         try:
-            decode_scan(bytes(broken), "scan")
+            inspect_bytes(bytes(broken), "scan")
         except ScanDecodeError as error:
             outcomes.add(type(error.__cause__).__name__)
     if importlib.util.find_spec("rle") is not None:  # pylibjpeg-rle
@@ -357,95 +230,10 @@ def test_panic_of_a_codec_is_a_decode_error(tags: Dataset, tmp_path: Path) -> No
 def test_bomb_of_items_is_refused(tags: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     tags.SharedFunctionalGroupsSequence = [Dataset() for _ in range(200)]
     data = bytes_of(tags)
-    assert decode_scan(data, "scan").shape == (224, 224, 1)
+    assert inspect_bytes(data, "scan").pixels.shape == (224, 224, 1)
     monkeypatch.setattr(dicom, "MAX_ITEMS", 100)
     with pytest.raises(ScanDecodeError, match="200 items, expected at most 100"):
-        decode_scan(data, "scan")
-
-
-# What is skipped
-
-
-@pytest.mark.parametrize(
-    ("elements", "kind"),
-    [
-        ({"SOPClassUID": BasicTextSRStorage, "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": EnhancedSRStorage, "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": XRayRadiationDoseSRStorage, "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": "", "Modality": "SR"}, "structured report"),
-        ({"SOPClassUID": SecondaryCaptureImageStorage}, "secondary capture"),
-        (
-            {"SOPClassUID": MultiFrameGrayscaleWordSecondaryCaptureImageStorage},
-            "secondary capture",
-        ),
-        ({"SOPClassUID": EncapsulatedPDFStorage, "Modality": "DOC"}, "other object"),
-        ({"SOPClassUID": MRImageStorage, "Modality": "MR"}, "other modality"),
-        ({"Modality": "PT"}, "other modality"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
-        (
-            {
-                "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"],
-                "ImageOrientationPatient": [1, 0, 0, 0, 0, -1],
-            },
-            "localizer",
-        ),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, "coronal"),
-        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "sagittal"),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0.7071, 0.7071]}, "oblique"),
-    ],
-)
-def test_each_kind_of_what_is_skipped_is_told_apart(
-    tags: Dataset, tmp_path: Path, elements: dict[str, Any], kind: str
-) -> None:
-    for keyword, value in elements.items():
-        setattr(tags, keyword, value)
-    if kind == "structured report":
-        for keyword in ("PixelData", "Rows", "Columns"):
-            delattr(tags, keyword)
-    (only,) = inspect_scans(saved(tags, tmp_path / "scan.dcm"))
-    assert isinstance(only.scan, OutOfDomainError)
-    assert only.scan.kind == kind
-    again = pickle.loads(pickle.dumps(only.scan))
-    assert (str(again), again.kind) == (str(only.scan), kind)
-    assert "\n" not in str(again)
-
-
-# The same slice in every clothing
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    bits=st.sampled_from([8, 12, 16]),
-    signed=st.booleans(),
-    slope=st.sampled_from([0.5, 1, 2, 1.5]),
-    offset=st.integers(-200, 200),
-    seed=st.integers(0, 10),
-)
-def test_a_slice_as_dicom_and_as_windowed_picture_gives_the_same_tensor(
-    bits: int, signed: bool, slope: float, offset: int, seed: int
-) -> None:
-    """Whatever the scanner stores: the HU that come out decide."""
-    tags = dicom_from_phantom(phantom := make_phantom("normal", seed, size=SIDE))
-    lowest = -(2 ** (bits - 1)) if signed else 0
-    slope *= 16 if bits == 8 else 1
-    intercept = -1100 + offset - lowest * slope
-    stored = np.rint((phantom.hu.astype(float) - intercept) / slope)
-    stored = stored.clip(lowest, lowest + 2**bits - 1)
-    hu = stored * slope + intercept
-    kind = np.dtype(f"{'i' if signed else 'u'}{1 if bits == 8 else 2}")
-    # Bits above the stored ones hold nothing.
-    pixels = stored.astype(np.int64) & (2**bits - 1)
-    tags.PixelData = pixels.astype(f"u{kind.itemsize}").tobytes()
-    tags.BitsAllocated, tags.BitsStored, tags.HighBit = 8 * kind.itemsize, bits, bits - 1
-    tags.PixelRepresentation = int(signed)
-    tags.RescaleSlope, tags.RescaleIntercept = slope, intercept
-    if "PixelPaddingValue" in tags:
-        del tags.PixelPaddingValue
-    picture = io.BytesIO()
-    Image.fromarray(apply_window(hu, LUNG_WINDOW)).save(picture, "PNG")
-    from_dicom = decode_scan(bytes_of(tags), "scan.dcm")
-    assert from_dicom.std() > 20
-    np.testing.assert_array_equal(from_dicom, decode_scan(picture.getvalue(), "scan.png"))
+        inspect_bytes(data, "scan")
 
 
 @settings(deadline=None, max_examples=150)
@@ -457,7 +245,7 @@ def test_any_damage_to_the_head_gives_a_slice_or_a_decode_error(data: st.DataObj
     damaged = whole[:start] + damage + whole[start + len(damage) :]
     outcome: np.ndarray | str
     try:
-        outcome = decode_scan(damaged, "scan")
+        outcome = inspect_bytes(damaged, "scan").pixels
     except ScanDecodeError as error:
         outcome = str(error)
     if isinstance(outcome, str):
@@ -473,6 +261,8 @@ HEAD_SAMPLE = bytes_of(dicom_from_phantom(make_phantom("normal", 1, size=SIDE)))
 # Real files
 
 UNREADABLE = ("1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.55")
+
+
 LOSSY = ("4.50", "4.51", "4.81", "4.91")
 
 
@@ -512,14 +302,14 @@ def test_malformed_files_answer_each_for_itself(real_scans: Path) -> None:
 
 
 @pytest.mark.real_scans
-def test_real_series_have_their_facts(real_scans: Path) -> None:
+def test_real_series_have_their_metadata(real_scans: Path) -> None:
     folder = real_scans / "dicom/lung-pet-ct-dx"
     for name, kernel, count, distance in (
         ("A0002-series3-B40f", "B40f", 30, 8),
         ("A0002-series2-B70f", "B70f", 6, 16),
     ):
         found = [
-            item.scan.facts for path in list_scans(folder / name) for item in inspect_scans(path)
+            item.scan.metadata for path in list_scans(folder / name) for item in inspect_scans(path)
         ]
         assert len(found) == count
         assert {item.kernel for item in found} == {kernel}

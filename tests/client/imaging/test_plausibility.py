@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import math
 import re
 import warnings
 from pathlib import Path
@@ -14,17 +12,14 @@ import pydicom
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
-from pydicom.uid import (
-    EnhancedCTImageStorage,
-    MRImageStorage,
-    SecondaryCaptureImageStorage,
-    XRayAngiographicImageStorage,
-)
 
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import OutOfDomainError, ScanDecodeError
-from chestct.imaging.plausibility import dicom_reasons, picture_reasons, slice_reasons
-from chestct.imaging.scan import apply_window, decode_scan, inspect_scan, list_scans, load_scan
+from chestct.imaging.metadata import dicom_reasons, slice_metadata
+from chestct.imaging.plausibility import picture_reasons, slice_reasons
+from chestct.imaging.prepare import inspect_scan, load_scan
+from chestct.imaging.sources import list_scans
+from chestct.imaging.window import apply_window
 from training.data.phantom import (
     LABELS,
     Phantom,
@@ -54,172 +49,17 @@ def grey(phantom: Phantom) -> np.ndarray:
 
 def reasons_of(grey: np.ndarray) -> list[str]:
     picture = Image.fromarray(grey)
-    return picture_reasons(picture, picture)
+    return picture_reasons(picture, grey)
 
 
 def reasons_in_colour(picture: Image.Image) -> list[str]:
-    return picture_reasons(picture, picture.convert("L"))
+    return picture_reasons(picture, np.asarray(picture.convert("L")))
 
 
-def turned(tilt_deg: float) -> list[float]:
-    """Orientation of an axial slice whose gantry leans about the patient's left-right axis."""
-    tilt = math.radians(tilt_deg)
-    return [1, 0, 0, 0, math.cos(tilt), math.sin(tilt)]
-
-
-CORONAL, SAGITTAL = [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]
-
-
-# By the tags
-
-
-@pytest.mark.parametrize(
-    ("keyword", "value", "reason"),
-    [
-        ("Modality", "MR", "another modality: Modality (0008,0060) is MR, expected CT"),
-        ("Modality", "PT", "another modality: Modality (0008,0060) is PT, expected CT"),
-        (
-            "SOPClassUID",
-            MRImageStorage,
-            "another kind of object: SOP Class (0008,0016) is MR Image Storage, expected CT Image "
-            "Storage",
-        ),
-        (
-            "SOPClassUID",
-            SecondaryCaptureImageStorage,
-            "another kind of object: SOP Class (0008,0016) is Secondary Capture Image Storage, "
-            "expected CT Image Storage",
-        ),
-        (
-            "ImageType",
-            ["ORIGINAL", "PRIMARY", "LOCALIZER"],
-            "a localizer: Image Type (0008,0008) is ORIGINAL PRIMARY LOCALIZER, expected a slice",
-        ),
-        (
-            "ImageOrientationPatient",
-            CORONAL,
-            "not axial: by Image Orientation (0020,0037) the plane is coronal, 90 degrees from "
-            "axial, expected at most 30",
-        ),
-        (
-            "ImageOrientationPatient",
-            SAGITTAL,
-            "not axial: by Image Orientation (0020,0037) the plane is sagittal, 90 degrees from "
-            "axial, expected at most 30",
-        ),
-        (
-            "ImageOrientationPatient",
-            turned(45),
-            "not axial: by Image Orientation (0020,0037) the plane is oblique, 45 degrees from "
-            "axial, expected at most 30",
-        ),
-        (
-            "ImageOrientationPatient",
-            turned(65),
-            "not axial: by Image Orientation (0020,0037) the plane is coronal, 65 degrees from "
-            "axial, expected at most 30",
-        ),
-        (
-            "ImageOrientationPatient",
-            turned(31),
-            "not axial: by Image Orientation (0020,0037) the plane is oblique, 31 degrees from "
-            "axial, expected at most 30",
-        ),
-    ],
-)
-def test_tags_of_something_else(tags: Dataset, keyword: str, value: Any, reason: str) -> None:
-    assert dicom_reasons(tags) == []
-    setattr(tags, keyword, value)
-    assert dicom_reasons(tags) == [reason]
-
-
-@pytest.mark.parametrize(
-    ("keyword", "value"),
-    [
-        ("Modality", "CT "),
-        ("Modality", ""),
-        ("Modality", None),
-        ("SOPClassUID", ""),
-        ("SOPClassUID", "1.2.840.113619.4.2"),  # a maker's own; the standard does not know it
-        ("SOPClassUID", EnhancedCTImageStorage),
-        ("ImageType", ["DERIVED", "SECONDARY", "AXIAL"]),
-        ("ImageType", ["DERIVED", "PRIMARY", "MPR"]),
-        ("ImageType", ""),
-        ("ImageOrientationPatient", None),
-        ("ImageOrientationPatient", [1, 0, 0, 0, 1]),
-        ("ImageOrientationPatient", [0, 0, 0, 0, 0, 0]),
-        ("ImageOrientationPatient", [1, 0, 0, 1, 0, 0]),  # no plane
-        ("ImageOrientationPatient", [0, 1, 0, 0, 0, 9]),  # no unit vector
-        ("ImageOrientationPatient", turned(29)),
-        ("ImageOrientationPatient", turned(-29)),
-        ("ImageOrientationPatient", [-1, 0, 0, 0, -1, 0]),  # prone
-        ("ImageOrientationPatient", [-1, 0, 0, 0, 1, 0]),  # seen from the head
-        ("ImageOrientationPatient", [0, 1, 0, -1, 0, 0]),  # lying on the side
-    ],
-)
-def test_tags_that_tell_nothing_against_a_slice(tags: Dataset, keyword: str, value: Any) -> None:
-    setattr(tags, keyword, value)
-    assert dicom_reasons(tags) == []
-    delattr(tags, keyword)
-    assert dicom_reasons(tags) == []
-
-
-@pytest.mark.parametrize(
-    ("whole", "damaged"),
-    [
-        (b"CS\x02\x00CT", b"CS\x02\x00ct"),
-        (b"CS\x02\x00CT", b"US\x02\x00CT"),  # a number
-        (b"CS\x02\x00CT", b"FL\x02\x00CT"),  # too short for a number: pydicom raises
-        (b"CS\x02\x00CT", b"ZZ\x02\x00CT"),  # no such type: pydicom raises
-        (b"DS\x18\x001.0", b"DS\x18\x00one"),
-        (b"DS\x18\x001.0", b"DS\x18\x00nan"),
-        (b"UI\x1a\x001.2.840.10008.5.1.4.1.1.2", b"UI\x1a\x00?.2.840.10008.5.1.4.1.1.2"),
-    ],
-)
-def test_damaged_tags_tell_nothing_against_a_slice(
-    tags: Dataset, whole: bytes, damaged: bytes
-) -> None:
-    file = io.BytesIO()
-    tags.save_as(file, enforce_file_format=True)
-    data = file.getvalue()
-    head, rest = data[:300], data[300:]  # the class stands in the file's head, too
-    assert rest.count(whole) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert decode_scan(head + rest.replace(whole, damaged), "scan").shape == (224, 224, 1)
-
-
-def test_a_message_is_one_line_of_bounded_length(tags: Dataset) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tags.Modality = "M\n" + "R " * 5000
-    (reason,) = dicom_reasons(tags)
-    assert "\n" not in reason
-    assert len(reason) < 200
-
-
-def test_file_is_refused_with_all_its_reasons_before_its_pixels_are_decoded(
-    tags: Dataset, tmp_path: Path
-) -> None:
-    tags.Modality = "XA"
-    tags.SOPClassUID = tags.file_meta.MediaStorageSOPClassUID = XRayAngiographicImageStorage
-    tags.ImageOrientationPatient = CORONAL
-    tags.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
-    tags.NumberOfFrames = 30
-    tags.PixelData = b"\0\0"
-    path = tmp_path / "run.dcm"
-    tags.save_as(path, enforce_file_format=True)
-    with pytest.raises(OutOfDomainError) as refusal:
-        load_scan(path)
-    message = str(refusal.value)
-    assert message.startswith(f"{path}: no axial CT slice: another modality: ")
-    assert message.endswith(". Send an axial slice of a chest CT.")
-    assert message.count("; ") == 3
-    assert "\n" not in message
-    for load in (inspect_scan, lambda path: decode_scan(path.read_bytes(), str(path))):
-        with pytest.raises(OutOfDomainError, match=f"^{re.escape(message)}$"):
-            load(path)
-    assert issubclass(OutOfDomainError, ScanDecodeError)
+def reasons_by_tags(tags: Dataset, grey: np.ndarray, window: Window = LUNG_WINDOW) -> list[str]:
+    body_part = slice_metadata(tags, 0).body_part
+    is_inverted = tags.PhotometricInterpretation == "MONOCHROME1"
+    return slice_reasons(grey, window, body_part=body_part, is_inverted=is_inverted)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +70,7 @@ def test_another_body_part_is_flagged(tags: Dataset, grey: np.ndarray, part: str
         warnings.simplefilter("ignore")
         tags.BodyPartExamined = part
         assert dicom_reasons(tags) == []
-        assert slice_reasons(tags, Image.fromarray(grey), LUNG_WINDOW) == [
+        assert reasons_by_tags(tags, grey) == [
             f"another body part: Body Part Examined (0018,0015) is {part}, expected the chest"
         ]
 
@@ -244,7 +84,7 @@ def test_other_words_for_the_body_part_pass(tags: Dataset, grey: np.ndarray, par
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tags.BodyPartExamined = part
-        assert slice_reasons(tags, Image.fromarray(grey), LUNG_WINDOW) == []
+        assert reasons_by_tags(tags, grey) == []
 
 
 # By the pixels
@@ -273,18 +113,6 @@ def test_reasons_come_with_the_scan(tmp_path: Path, phantom: Phantom, grey: np.n
     }
     assert kinds == {"flat.png": ["small", "elongated"], "head.dcm": ["another body part"]}
     assert load_scan(tmp_path / "flat.png").shape == (224, 224, 1)
-
-
-def test_inspection_warns_nobody(tmp_path: Path, grey: np.ndarray, tags: Dataset) -> None:
-    """A palette with transparency makes Pillow warn, small letters in a code make pydicom warn."""
-    palette = Image.fromarray(grey).convert("P")
-    palette.save(tmp_path / "palette.png", transparency=bytes([0] + [255] * 255))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tags.BodyPartExamined = "Chest"
-        tags.save_as(tmp_path / "chest.dcm", enforce_file_format=True)
-    for path in tmp_path.iterdir():
-        assert inspect_scan(path).reasons == ()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
@@ -450,7 +278,7 @@ def lung_reasons(
 ) -> list[str]:
     grey = apply_window(hu, window)
     tags.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
-    return slice_reasons(tags, Image.fromarray(255 - grey if inverted else grey), window)
+    return reasons_by_tags(tags, 255 - grey if inverted else grey, window)
 
 
 @pytest.mark.parametrize("filling_hu", [40.0, -100.0, -1000.0])

@@ -18,7 +18,7 @@ from pydicom import Dataset, dcmread
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.errors import ReportError
 from chestct.imaging.body import body_box
-from chestct.imaging.scan import inspect_scan
+from chestct.imaging.prepare import inspect_scan
 from chestct.imaging.sources import Source
 from chestct.inference.client import ScanClient
 from chestct.pacs.reports import (
@@ -89,7 +89,7 @@ def slices(files) -> list[SourceSlice]:
 def series_of(slices: list[SourceSlice], files: list[Path], **options) -> dict[str, Any]:
     return series_record(
         [
-            SeriesSlice.from_record(each.record, inspect_scan(file).facts)
+            SeriesSlice.from_record(each.record, inspect_scan(file).metadata)
             for each, file in zip(slices, files, strict=False)
         ],
         **options,

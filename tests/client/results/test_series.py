@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chestct.imaging.dicom import SliceFacts
+from chestct.imaging.metadata import SliceMetadata
 from chestct.results.series import (
     SeriesSlice,
     gaps_mm,
@@ -22,7 +22,7 @@ from chestct.results.series import (
 
 
 def at(position_mm: float | None, cancer: float = 0.1, **changes: Any) -> SeriesSlice:
-    facts = SliceFacts(
+    facts = SliceMetadata(
         study_uid="1.2.3",
         series_uid="1.2.3.4",
         sop_uid=f"1.2.3.4.{position_mm}",

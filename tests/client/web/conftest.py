@@ -141,7 +141,7 @@ def wait_for_model(page: Page, is_up: bool = True, timeout_s: float = 60) -> dic
 
 
 def phantom_png(label: str, seed: int, size: int = 256) -> bytes:
-    from chestct.imaging.scan import apply_window
+    from chestct.imaging.window import apply_window
     from training.data.phantom import make_phantom
 
     grey = apply_window(make_phantom(label, seed, size=size).hu, LUNG_WINDOW)

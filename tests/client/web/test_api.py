@@ -20,7 +20,8 @@ from PIL import Image
 from pydicom import dcmread
 
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
-from chestct.imaging.scan import apply_window, decode_scan, inspect_scan, load_scan
+from chestct.imaging.prepare import inspect_bytes, inspect_scan, load_scan
+from chestct.imaging.window import apply_window
 from chestct.inference.client import ScanClient
 from tests.client.swelling import dicom_that_swells
 
@@ -108,7 +109,7 @@ def test_view_holds_what_the_network_saw_and_the_original(
     dataset.save_as(data)
     (line,) = classify(page, ("chest.dcm", data.getvalue()), query="?images=512")
     view = line["view"]
-    seen = decode_scan(data.getvalue(), "chest.dcm")
+    seen = inspect_bytes(data.getvalue(), "chest.dcm").pixels
     np.testing.assert_array_equal(pixels(view["network"]), seen[..., 0])
     hu = pixels(view["original"])
     assert (hu.dtype, hu.shape) == (np.int16, (256, 256))
@@ -408,9 +409,9 @@ def test_concurrent_users_never_get_each_others_scans(page):
 
 
 def inspect_scan_bytes(data):
-    from chestct.imaging.scan import decode_scan
+    from chestct.imaging.prepare import inspect_bytes
 
-    return decode_scan(data, "scan.png")[..., 0]
+    return inspect_bytes(data, "scan.png").pixels[..., 0]
 
 
 def test_openapi_description_holds_under_schemathesis(page):

@@ -12,7 +12,7 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.uid import UID
 
-from chestct.imaging.scan import load_grey, load_scan
+from chestct.imaging.prepare import load_grey, load_scan
 from training.common.config import config_from_mapping
 from training.common.metrics import auroc
 from training.data.duplicates import measure_scans
@@ -164,7 +164,7 @@ def test_lesions_differ_in_size_place_and_cavity() -> None:
 
 def test_mean_grey_does_not_separate_the_classes() -> None:
     from chestct.contract import LUNG_WINDOW
-    from chestct.imaging.scan import apply_window
+    from chestct.imaging.window import apply_window
 
     seeds = range(20)
     grey = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.imaging.scan import list_scans
+from chestct.imaging.sources import list_scans
 from training.network.vgg16 import load_trained
 from training.score.ood import check_domain, report_lines
 

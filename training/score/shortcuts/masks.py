@@ -42,7 +42,7 @@ def body_outline(scan: Pixels) -> Mask:
     window shows bones alone and the skin cannot be told.
 
     Args:
-        scan: uint8 (224, 224, 1), as from `chestct.imaging.scan.load_scan`.
+        scan: uint8 (224, 224, 1), as from `chestct.imaging.prepare.load_scan`.
 
     Returns:
         bool (224, 224); all false where no body stands out.
@@ -71,7 +71,7 @@ def lung_mask(scan: Pixels) -> Mask:
     wall or the mediastinum stays outside, gas in stomach and bowel counts as lung.
 
     Args:
-        scan: uint8 (224, 224, 1), as from `chestct.imaging.scan.load_scan`.
+        scan: uint8 (224, 224, 1), as from `chestct.imaging.prepare.load_scan`.
 
     Returns:
         bool (224, 224), within `body_outline`; all false where that is, or where no air is seen.

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from chestct.contract import MAP_SIZE, SCAN_SIZE, Window
 from chestct.imaging.body import body_box
-from chestct.imaging.scan import list_scans, load_grey, resize_scan
+from chestct.imaging.prepare import load_grey, resize_scan
+from chestct.imaging.sources import list_scans
 from training.common.metrics import Floats, Labels, mean_with_interval, wilson_interval
 from training.data.dataset import ScanSet
 from training.score.shortcuts.masks import (
@@ -160,7 +161,7 @@ def _number(element: ElementTree.Element, place: str) -> float:
 def framed_boxes(boxes: Boxes, crop: tuple[int, int, int, int]) -> Boxes:
     """Boxes of a picture in the frame of its prepared scan.
 
-    `chestct.imaging.scan` crops a picture to its body and stretches it to 224 x 224; so are the
+    `chestct.imaging.prepare` crops a picture to its body and stretches it to 224 x 224; so are the
     boxes.
 
     Args:

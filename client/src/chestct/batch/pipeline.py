@@ -20,7 +20,7 @@ from chestct.batch.workers import CallTimeoutError, WorkerCrashedError, Workers
 from chestct.contract import Window
 from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
-from chestct.imaging.scan import Scan, Slice, inspect_scans
+from chestct.imaging.prepare import Scan, Slice, inspect_scans
 from chestct.imaging.sources import Source
 from chestct.inference.client import Predictions, ScanClient
 from chestct.inference.server_pool import Fleet

@@ -50,7 +50,7 @@ class SeriesGatherer:
             record: Of one slice, as made by `chestct.results.records`; others stay as they are.
             item: What it was made from.
         """
-        facts = None if item.scan is None else item.scan.facts
+        facts = None if item.scan is None else item.scan.metadata
         folder_name = folder_of(record["path"])
         folder = self._open.setdefault(folder_name, _Folder())
         if facts is None or not facts.series_uid or record["status"] != "ok":

@@ -248,9 +248,9 @@ def serve(memory_bytes: int) -> None:
 
 
 def _answer(calls: BinaryIO, answers: BinaryIO) -> None:
-    from chestct.imaging import scan
+    from chestct.imaging import prepare
 
-    outcome: tuple[bool, Any] = (True, scan.__name__)  # ready: what takes long is imported
+    outcome: tuple[bool, Any] = (True, prepare.__name__)  # ready: what takes long is imported
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pickle.dump(outcome, answers, pickle.HIGHEST_PROTOCOL)

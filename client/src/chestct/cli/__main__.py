@@ -28,8 +28,7 @@ from chestct.cli import web
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.errors import OutOfDomainError, ServerError, SpoolError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
-from chestct.imaging.scan import SCAN_SUFFIXES
-from chestct.imaging.sources import Source
+from chestct.imaging.sources import SCAN_SUFFIXES, Source
 from chestct.inference.client import ScanClient, TLSOptions
 from chestct.inference.server_pool import Fleet
 from chestct.results.records import json_text, plain_text

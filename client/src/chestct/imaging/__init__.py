@@ -1,1 +1,1 @@
-"""From a file to the network's input: find, decode, window, crop, resize, check."""
+"""Decode an image file into the network's input: find, decode, window, crop, resize, check."""

@@ -1,4 +1,4 @@
-"""Where the body lies in an axial slice, so that margins, couch and borders reach no network."""
+"""Find the body in an axial slice, so that margins, couch and borders are cropped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 def body_box(grey: npt.NDArray[np.uint8]) -> tuple[int, int, int, int]:
-    """The rectangle around the body: the largest bright part of a slice.
+    """Bounding box of the body: the largest bright part of a slice.
 
-    A couch lies apart from the body and stays outside. Where nothing stands out, as in a
-    blank picture, the rectangle is the whole picture.
+    A couch lies apart from the body and stays outside. The box of a blank picture is the whole
+    picture.
 
     Args:
         grey: uint8 (H, W), 0 = floor of the window.
@@ -66,7 +66,7 @@ def body_mask(grey: npt.NDArray[np.uint8]) -> Mask:
 
 
 def otsu_threshold(grey: npt.NDArray[np.uint8]) -> int:
-    """The grey level that parts dark from bright best: Otsu 1979, doi 10.1109/TSMC.1979.4310076.
+    """Otsu's threshold between dark and bright: Otsu 1979, doi 10.1109/TSMC.1979.4310076.
 
     Args:
         grey: uint8, any shape.
@@ -80,7 +80,7 @@ def otsu_threshold(grey: npt.NDArray[np.uint8]) -> int:
 
 
 def _largest_part(mask: Mask) -> Mask:
-    """The 4-connected part of `mask` with most pixels; all false where `mask` is."""
+    """Largest 4-connected component of `mask`; all false if `mask` is empty."""
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(edges == 1)
     ends = np.nonzero(edges == -1)[1]

@@ -1,16 +1,9 @@
-"""A DICOM file becomes Hounsfield units: its frames, their attributes, and how they lie.
-
-What a classic CT image says of its one slice stands at the top of its data set. What an enhanced
-one (PS3.3 A.38) says of a frame stands in functional groups, shared ones and one for each frame
-(C.7.6.16); here they are brought to the same shape.
-"""
+"""Decode a DICOM file into Hounsfield units and metadata, frame by frame."""
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -18,34 +11,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from chestct.errors import ScanDecodeError
-from chestct.imaging import limits
+from chestct.errors import OutOfDomainError, ScanDecodeError
 from chestct.imaging.limits import (
     ACCEPTED,
+    MAX_FILE_BYTES,
     MAX_FRAMES,
+    MAX_PIXELS,
     MAX_SLICE_PIXELS,
     require_sides,
     require_size,
 )
-from chestct.imaging.plausibility import DOMAIN_KEYWORDS, plane_of, tag_text, tag_value
+from chestct.imaging.metadata import (
+    GROUP_KEYWORDS,
+    SLICE_KEYWORDS,
+    Plane,
+    SliceMetadata,
+    dicom_kind,
+    dicom_reasons,
+    plane_of,
+    slice_attributes,
+    slice_metadata,
+    tag_text,
+    tag_value,
+)
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-__all__ = [
-    "SliceFacts",
-    "hu_from_stored",
-    "is_dicom",
-    "is_padding",
-    "num_frames",
-    "read_dicom",
-    "require_grey",
-    "require_whole_frames",
-    "slice_attributes",
-    "slice_facts",
-    "stored_values",
-    "upright",
-]
+__all__ = ["DicomFile", "HuSlice", "is_dicom"]
 
 # Without a preamble a DICOM file begins with group 0002 or 0008, little-endian.
 BARE_SIGNATURES = (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00", b"\x08\x00")
@@ -55,32 +48,7 @@ ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # PS3.5, section 7.5, bo
 ITEM_BYTES = 8  # at least
 MAX_ITEMS = 200_000  # some 50 for each frame; an item of 8 bytes becomes one of a kilobyte
 
-# What holds for one slice, be it at the top of the data set or in a functional group of a frame.
-SLICE_KEYWORDS = (
-    *DOMAIN_KEYWORDS,
-    "FrameType",
-    "PatientPosition",
-    "ImagePositionPatient",
-    "SliceLocation",
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "ConvolutionKernel",
-    "InstanceNumber",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "SOPInstanceUID",
-    "FrameOfReferenceUID",
-    "PhotometricInterpretation",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "RescaleType",
-    "ModalityLUTSequence",
-)
-GROUP_KEYWORDS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-# All that is read of a DICOM file: what it is, how to decode its pixels, and how to show them.
-# Nothing that names a patient is.
+# Only these attributes are read; none of them names a patient.
 FILE_KEYWORDS = (
     *SLICE_KEYWORDS,
     *GROUP_KEYWORDS,
@@ -102,38 +70,101 @@ FILE_KEYWORDS = (
 
 
 @dataclass(frozen=True)
-class SliceFacts:
-    """What a DICOM file says of one slice and its series; nothing in it names a patient.
+class HuSlice:
+    """One slice in Hounsfield units: `levels_hu[level_index]`.
 
-    Text is empty and a number None where the file is silent.
+    A slice has a few thousand levels. Rescale, window and padding depend on the level alone, so
+    they are computed for each level and looked up for each pixel.
 
     Attributes:
-        study_uid: Study Instance UID (0020,000D).
-        series_uid: Series Instance UID (0020,000E).
-        sop_uid: SOP Instance UID (0008,0018).
-        frame_of_reference_uid: Frame of Reference UID (0020,0052).
-        frame: Number of the frame in its file, from 1; 0 in a file of one frame.
-        instance: Instance Number (0020,0013).
-        position_mm: Place along the axis across the slice, growing toward the head: the product of
-            Image Position (0020,0032) and the normal of Image Orientation (0020,0037), PS3.3
-            C.7.6.2.1.1; Slice Location (0020,1041) where there is none.
-        thickness_mm: Slice Thickness (0018,0050).
-        spacing_mm: Spacing Between Slices (0018,0088), as the scanner tells it.
-        kernel: Convolution Kernel (0018,1210).
-        patient_position: Patient Position (0018,5100), such as HFS.
+        levels_hu: Float or int (K,), HU of each level. Stored values of more than 16 bits have a
+            level for each pixel.
+        is_padding: bool (K,), levels where nothing was measured.
+        level_index: Int (H, W); the front of the body is at the top, its right side at the left.
+        is_inverted: Low values are shown bright: MONOCHROME1.
+        metadata: Of the slice and its series.
     """
 
-    study_uid: str = ""
-    series_uid: str = ""
-    sop_uid: str = ""
-    frame_of_reference_uid: str = ""
-    frame: int = 0
-    instance: int | None = None
-    position_mm: float | None = None
-    thickness_mm: float | None = None
-    spacing_mm: float | None = None
-    kernel: str = ""
-    patient_position: str = ""
+    levels_hu: npt.NDArray[Any]
+    is_padding: npt.NDArray[np.bool_]
+    level_index: npt.NDArray[np.intp]
+    is_inverted: bool
+    metadata: SliceMetadata
+
+
+class DicomFile:
+    """A parsed DICOM file, which decodes a frame when asked.
+
+    Args:
+        data: The whole file.
+        name: Name for error messages.
+        max_pixels: Refuse larger slices.
+
+    Raises:
+        OutOfDomainError: It is no axial CT slice by its tags.
+        ScanDecodeError: It holds no grey picture of bearable size, or would fill the memory.
+        Exception: Whatever pydicom raises at a broken file.
+
+    Attributes:
+        num_frames: Number of Frames (0028,0008), 1 where it is missing.
+    """
+
+    file_format = "DICOM"
+
+    def __init__(self, data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> None:
+        from pydicom import dcmread
+
+        _require_honest_deflation(data, name)
+        _require_few_items(data, name)
+        self._dataset = dcmread(BytesIO(data), force=True, specific_tags=list(FILE_KEYWORDS))
+        self._name = name
+        _require_axial_ct(self._dataset, name)
+        _require_grey(self._dataset, name, max_pixels)
+        self.num_frames = _num_frames(self._dataset)
+
+    def frames(self) -> range:
+        """Indices of the frames.
+
+        Raises:
+            ScanDecodeError: A torn file of several frames: it is not compressed and holds less
+                than it promises. One error, not one for each frame.
+        """
+        dataset = self._dataset
+        is_single = self.num_frames == 1 or dataset.get("PixelData") is None
+        if not is_single and not dataset["PixelData"].is_undefined_length:  # else compressed
+            frame_bytes = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
+            num_bytes = len(dataset.PixelData)
+            if num_bytes < self.num_frames * frame_bytes:
+                raise ScanDecodeError(
+                    f"{self._name}: pixels of {num_bytes // max(frame_bytes, 1)} frames, expected "
+                    f"those of {self.num_frames}. Export the file again."
+                )
+        return range(self.num_frames)
+
+    def frame(self, index: int, name: str) -> HuSlice:
+        """One frame in Hounsfield units, upright, with its metadata.
+
+        Args:
+            index: From 0.
+            name: Name for error messages.
+
+        Raises:
+            OutOfDomainError: It is no axial CT slice by the attributes of its own.
+            ScanDecodeError: No decoder here reads its compression, or values are not finite.
+            Exception: Whatever pydicom raises at broken pixels.
+        """
+        attributes = slice_attributes(self._dataset, index)
+        if attributes is not self._dataset:
+            _require_axial_ct(attributes, name)
+        stored = _stored_values(self._dataset, index if self.num_frames > 1 else None, name)
+        levels, level_index = _levels(stored)
+        return HuSlice(
+            _hu_from_stored(levels, attributes, name),
+            _is_padding(levels, attributes),
+            _upright(level_index, plane_of(attributes)),
+            attributes.PhotometricInterpretation == "MONOCHROME1",
+            slice_metadata(attributes, index + 1 if self.num_frames > 1 else 0),
+        )
 
 
 def is_dicom(data: bytes) -> bool:
@@ -141,145 +172,27 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM" or data.startswith(BARE_SIGNATURES)
 
 
-def read_dicom(data: bytes, name: str) -> Dataset:
-    """Those of `FILE_KEYWORDS` that a file has.
-
-    Raises:
-        ScanDecodeError: It would fill the memory.
-        Exception: Whatever pydicom raises at a broken file.
-    """
-    from pydicom import dcmread
-
-    _require_honest_deflation(data, name)
-    _require_few_items(data, name)
-    return dcmread(BytesIO(data), force=True, specific_tags=list(FILE_KEYWORDS))
+def _require_axial_ct(attributes: Dataset, name: str) -> None:
+    if reasons := dicom_reasons(attributes):
+        raise OutOfDomainError(
+            f"{name}: no axial CT slice: {'; '.join(reasons)}. Send an axial slice of a chest CT.",
+            dicom_kind(attributes),
+        )
 
 
-def num_frames(dataset: Dataset) -> int:
-    """Number of Frames (0028,0008), 1 where it is not told."""
-    return int(dataset.get("NumberOfFrames") or 1)
-
-
-def slice_attributes(dataset: Dataset, frame: int) -> Dataset:
-    """The `SLICE_KEYWORDS` of one frame, counted from 0.
-
-    Those of its own functional groups count before the shared ones, and these before the top of
-    the data set. Image Type is the Frame Type of the frame where there is one. A file without
-    functional groups is what it is at the top.
-    """
-    from pydicom import Dataset
-    from pydicom.datadict import tag_for_keyword
-
-    if not any(keyword in dataset for keyword in GROUP_KEYWORDS):
-        return dataset
-    slice_tags = {tag_for_keyword(keyword) for keyword in SLICE_KEYWORDS}
-    merged = Dataset()
-    merged.file_meta = dataset.file_meta
-    merged.set_original_encoding(*dataset.original_encoding)
-    for source in (dataset, *_functional_groups(dataset, frame)):
-        for tag in slice_tags.intersection(source.keys()):
-            merged[tag] = source.get_item(tag)  # as it stands: a broken value harms nobody yet
-    if tag_text(merged, "FrameType"):
-        merged.ImageType = merged.FrameType
-    return merged
-
-
-def _functional_groups(dataset: Dataset, frame: int) -> Iterator[Dataset]:
-    """The macros that hold for a frame, each an item with attributes, shared ones first."""
-    for keyword, place in zip(GROUP_KEYWORDS, (0, frame), strict=True):
-        groups = dataset.get(keyword)
-        if groups:
-            for element in groups[place]:
-                if element.VR == "SQ" and element.value:
-                    yield element.value[0]
-
-
-def slice_facts(attributes: Dataset, frame: int) -> SliceFacts:
-    """What a series needs to know of a slice.
-
-    Args:
-        attributes: As from `slice_attributes`.
-        frame: Number of the frame in its file, from 1; 0 in a file of one frame.
-    """
-    instance = _number(attributes, "InstanceNumber")
-    return SliceFacts(
-        study_uid=tag_text(attributes, "StudyInstanceUID"),
-        series_uid=tag_text(attributes, "SeriesInstanceUID"),
-        sop_uid=tag_text(attributes, "SOPInstanceUID"),
-        frame_of_reference_uid=tag_text(attributes, "FrameOfReferenceUID"),
-        frame=frame,
-        instance=None if instance is None else int(instance),
-        position_mm=_position_mm(attributes),
-        thickness_mm=_number(attributes, "SliceThickness"),
-        spacing_mm=_number(attributes, "SpacingBetweenSlices"),
-        kernel=tag_text(attributes, "ConvolutionKernel"),
-        patient_position=tag_text(attributes, "PatientPosition"),
-    )
-
-
-def _position_mm(attributes: Dataset) -> float | None:
-    plane = plane_of(attributes)
-    try:
-        position = np.array([float(number) for number in attributes.ImagePositionPatient])
-    except Exception:  # what broken values raise depends on what they should have been
-        position = np.zeros(0)
-    if plane is None or position.shape != (3,) or not np.isfinite(position).all():
-        return _number(attributes, "SliceLocation")
-    normal = plane.normal if plane.normal[2] >= 0 else -plane.normal
-    return float(position @ normal)
-
-
-def _number(attributes: Dataset, keyword: str) -> float | None:
-    try:
-        number = float(attributes[keyword].value)
-    except Exception:  # what broken values raise depends on what they should have been
-        return None
-    return number if math.isfinite(number) else None
-
-
-def upright(picture: npt.NDArray[np.uint8], attributes: Dataset) -> npt.NDArray[np.uint8]:
-    """An axial slice with the front of the body at the top and its right side at the left.
-
-    Rows and columns of Image Orientation (0020,0037; PS3.3 C.7.6.2.1.1) are exchanged and turned
-    about until columns run toward the patient's left (+x) and rows toward the back (+y), to the
-    nearest quarter turn. Without an orientation the picture stays as it is.
-
-    Args:
-        picture: (H, W), as stored.
-        attributes: As from `slice_attributes`.
-    """
-    plane = plane_of(attributes)
-    if plane is None:
-        return picture
-    along_row, along_column = plane.along_row, plane.along_column
-    if abs(along_row[1]) > abs(along_row[0]):
-        picture, along_row, along_column = picture.T, along_column, along_row
-    if along_row[0] < 0:
-        picture = picture[:, ::-1]
-    if along_column[1] < 0:
-        picture = picture[::-1]
-    return np.ascontiguousarray(picture)
-
-
-def require_grey(dataset: Dataset, name: str) -> None:
-    """Refuse what holds no grey picture of bearable size.
-
-    Raises:
-        ScanDecodeError: No rows or columns, too large, too small, coloured, or too many frames.
-    """
+def _require_grey(dataset: Dataset, name: str, max_pixels: int) -> None:
     if "Rows" not in dataset or "Columns" not in dataset:
         modality = tag_text(dataset, "Modality") or "unknown modality"
         raise ScanDecodeError(f"{name}: DICOM without a picture ({modality}), {ACCEPTED}")
     width, height = int(dataset.Columns), int(dataset.Rows)
-    require_sides(width, height, name)
+    require_sides(width, height, name, max_pixels)
     if width * height > MAX_SLICE_PIXELS:
         raise ScanDecodeError(
             f"{name}: a slice of {width} x {height} pixels, expected at most 4096 x 4096"
         )
-    if num_frames(dataset) > MAX_FRAMES:
-        raise ScanDecodeError(
-            f"{name}: {num_frames(dataset)} frames, expected at most {MAX_FRAMES}"
-        )
+    num_frames = _num_frames(dataset)
+    if not 1 <= num_frames <= MAX_FRAMES:
+        raise ScanDecodeError(f"{name}: {num_frames} frames, expected 1 to {MAX_FRAMES}")
     interpretation = dataset.get("PhotometricInterpretation")
     if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanDecodeError(
@@ -288,32 +201,12 @@ def require_grey(dataset: Dataset, name: str) -> None:
         )
 
 
-def require_whole_frames(dataset: Dataset, name: str) -> None:
-    """Refuse a torn file of several frames: one error, not one for each of them.
-
-    Raises:
-        ScanDecodeError: It is not compressed and holds less than it promises.
-    """
-    if num_frames(dataset) == 1 or dataset.get("PixelData") is None:
-        return
-    if dataset["PixelData"].is_undefined_length:  # compressed
-        return
-    frame_bytes = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8
-    num_bytes = len(dataset.PixelData)
-    if num_bytes < num_frames(dataset) * frame_bytes:
-        raise ScanDecodeError(
-            f"{name}: pixels of {num_bytes // max(frame_bytes, 1)} frames, expected those of "
-            f"{num_frames(dataset)}. Export the file again."
-        )
+def _num_frames(dataset: Dataset) -> int:
+    return int(dataset.get("NumberOfFrames") or 1)
 
 
-def stored_values(dataset: Dataset, frame: int, name: str) -> npt.NDArray[Any]:
-    """One frame, counted from 0, as stored: (H, W), of any number type.
-
-    Raises:
-        ScanDecodeError: No decoder here reads its compression.
-        Exception: Whatever pydicom raises at broken pixels.
-    """
+def _stored_values(dataset: Dataset, index: int | None, name: str) -> npt.NDArray[Any]:
+    """One frame as stored: (H, W), of any number type; index None for the only one."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -327,7 +220,6 @@ def stored_values(dataset: Dataset, frame: int, name: str) -> npt.NDArray[Any]:
         stored: npt.NDArray[Any]
         # pydicom warns where a view cannot be had.
         whole = dataset.get("BitsStored") == dataset.get("BitsAllocated")
-        index = frame if num_frames(dataset) > 1 else None
         stored, _ = get_decoder(syntax).as_array(dataset, raw=True, view_only=whole, index=index)
     except Exception as error:
         if not syntax.is_compressed:
@@ -345,34 +237,53 @@ def stored_values(dataset: Dataset, frame: int, name: str) -> npt.NDArray[Any]:
     return stored
 
 
-def hu_from_stored(stored: npt.NDArray[Any], attributes: Dataset, name: str) -> npt.NDArray[Any]:
-    """Hounsfield units by the slice's table or rescale: DICOM PS3.3 C.11.1.
+def _levels(stored: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.intp]]:
+    """Stored values that may occur, and the index of each pixel among them."""
+    if stored.dtype.kind not in "iu" or stored.dtype.itemsize > 2:
+        return stored.ravel(), np.arange(stored.size, dtype=np.intp).reshape(stored.shape)
+    lowest, highest = int(stored.min()), int(stored.max())
+    levels = np.arange(lowest, highest + 1).astype(stored.dtype)
+    return levels, np.subtract(stored, lowest, dtype=np.intp)
 
-    Raises:
-        ScanDecodeError: Values that are not finite.
-        Exception: Whatever pydicom raises at a broken table.
-    """
+
+def _hu_from_stored(levels: npt.NDArray[Any], attributes: Dataset, name: str) -> npt.NDArray[Any]:
+    """Hounsfield units by the slice's table or rescale: DICOM PS3.3 C.11.1."""
     from pydicom.pixels import apply_modality_lut
 
-    hu: npt.NDArray[Any] = apply_modality_lut(stored, attributes)
+    hu: npt.NDArray[Any] = apply_modality_lut(levels, attributes)
     if not np.isfinite(hu).all():
         raise ScanDecodeError(f"{name}: pixel values that are not finite, expected numbers")
     return hu
 
 
-def is_padding(stored: npt.NDArray[Any], attributes: Dataset) -> npt.NDArray[np.bool_] | None:
-    """Where nothing was measured: DICOM PS3.3 C.7.5.1.1.2.
-
-    Returns:
-        bool, shape of `stored`; None for a slice without padding.
-    """
+def _is_padding(levels: npt.NDArray[Any], attributes: Dataset) -> npt.NDArray[np.bool_]:
+    """Where nothing was measured: DICOM PS3.3 C.7.5.1.1.2."""
     value = tag_value(attributes, "PixelPaddingValue")
     if value is None:
-        return None
+        return np.zeros(levels.shape, np.bool_)
     limit = tag_value(attributes, "PixelPaddingRangeLimit")
-    ends = np.array([value, value if limit is None else limit], np.int64).astype(stored.dtype)
-    padding: npt.NDArray[np.bool_] = (stored >= ends.min()) & (stored <= ends.max())
+    ends = np.array([value, value if limit is None else limit], np.int64).astype(levels.dtype)
+    padding: npt.NDArray[np.bool_] = (levels >= ends.min()) & (levels <= ends.max())
     return padding
+
+
+def _upright(picture: npt.NDArray[Any], plane: Plane | None) -> npt.NDArray[Any]:
+    """An axial slice with the front of the body at the top and its right side at the left.
+
+    Rows and columns of Image Orientation (0020,0037; PS3.3 C.7.6.2.1.1) are exchanged and turned
+    about until columns run toward the patient's left (+x) and rows toward the back (+y), to the
+    nearest quarter turn. Without an orientation the picture stays as it is.
+    """
+    if plane is None:
+        return picture
+    along_row, along_column = plane.along_row, plane.along_column
+    if abs(along_row[1]) > abs(along_row[0]):
+        picture, along_row, along_column = picture.T, along_column, along_row
+    if along_row[0] < 0:
+        picture = picture[:, ::-1]
+    if along_column[1] < 0:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)
 
 
 def _require_honest_deflation(data: bytes, name: str) -> None:
@@ -381,7 +292,7 @@ def _require_honest_deflation(data: bytes, name: str) -> None:
         return
     # The length of group 0002 stands in its first element: DICOM PS3.10, section 7.1.
     start = 144 + struct.unpack_from("<I", data, 140)[0]
-    most = limits.MAX_FILE_BYTES + 1
+    most = MAX_FILE_BYTES + 1
     inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], most)
     require_size(len(inflated), name)
     _require_few_items(inflated, name)

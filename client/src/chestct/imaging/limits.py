@@ -1,4 +1,4 @@
-"""How large a scan may be, and a process that decodes it, so that no file can fill the memory."""
+"""Limits on the size of a scan file and on the memory of the process that decodes it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def require_size(num_bytes: int, name: str) -> None:
         )
 
 
-def require_sides(width: int, height: int, name: str) -> None:
+def require_sides(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     """Refuse a picture that is too large or too small.
 
     Raises:
-        ScanDecodeError: It has more than `MAX_PIXELS` pixels or a side below `MIN_SIDE_PX`.
+        ScanDecodeError: It has more than `max_pixels` pixels or a side below `MIN_SIDE_PX`.
     """
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise ScanDecodeError(
-            f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS // 10**6} million"
+            f"{name}: {width} x {height} pixels, expected at most {max_pixels // 10**6} million"
         )
     if min(width, height) < MIN_SIDE_PX:
         raise ScanDecodeError(
@@ -57,7 +57,7 @@ def require_sides(width: int, height: int, name: str) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Hold this process to so many bytes of address space; what asks for more is a `MemoryError`.
+    """Limit the address space of this process; beyond it, Python raises `MemoryError`.
 
     Limits of files alone do not bound their decoding: the head of a DICOM file made for the
     purpose takes about 50 times its size.

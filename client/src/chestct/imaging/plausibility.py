@@ -1,19 +1,15 @@
-"""What is no axial chest-CT slice, each reason in words: its kind, a colon, what was found.
+"""Plausibility checks: why an image may not be an axial chest-CT slice.
 
-What a scanner writes into a DICOM file of the file itself is knowledge: `chestct.imaging.scan`
-refuses a file for `dicom_reasons`. What a picture looks like is a guess, and so is the body part,
-which people choose: `picture_reasons` and `slice_reasons` only flag. Their limits were set on the
-train and validation pictures of the public chest-CT set and on pictures of other things, and lie
-where none of those 685 pictures is flagged.
+A reason is a sentence: its kind, a colon, and the finding. The checks only flag, because they
+guess from the pixels and from the body part, which people choose. `chestct.imaging.dicom` refuses
+a file for tags that its scanner wrote. The limits were set on the train and validation pictures of
+the public chest-CT set and on pictures of other things: none of those 685 pictures is flagged.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,34 +18,11 @@ from PIL import Image
 from chestct.contract import Window
 from chestct.imaging.body import otsu_threshold
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
-    from pydicom.uid import UID
-
-__all__ = [
-    "DOMAIN_KEYWORDS",
-    "Plane",
-    "dicom_kind",
-    "dicom_reasons",
-    "picture_reasons",
-    "plane_of",
-    "slice_reasons",
-    "tag_text",
-    "tag_value",
-]
+__all__ = ["picture_reasons", "slice_reasons"]
 
 Cells = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-# What of a DICOM file tells whether it is an axial chest-CT slice.
-DOMAIN_KEYWORDS = (
-    "SOPClassUID",
-    "Modality",
-    "ImageType",
-    "ImageOrientationPatient",
-    "BodyPartExamined",
-)
-MAX_TILT_DEG = 30.0  # how far the gantry of a CT scanner can lean
 # Defined terms of DICOM PS3.16 annex L, and common spellings of them, for parts without lungs.
 PARTS_WITHOUT_LUNGS = {
     "HEAD", "HEADNECK", "BRAIN", "SKULL", "FACE", "SINUS", "SINUSES", "ORBIT", "ORBITS", "EAR",
@@ -76,199 +49,47 @@ TISSUE_HU = -300.0  # what is above is fat, muscle or bone
 MIN_LUNG = 0.005  # part of the body
 
 
-@dataclass(frozen=True)
-class Plane:
-    """How a slice lies: x to the patient's left, y to the back, z to the head.
-
-    Attributes:
-        along_row: Unit vector in which the column index grows.
-        along_column: Unit vector in which the row index grows.
-        normal: Unit vector across the slice.
-    """
-
-    along_row: npt.NDArray[np.float64]
-    along_column: npt.NDArray[np.float64]
-    normal: npt.NDArray[np.float64]
-
-
-def plane_of(dataset: Dataset) -> Plane | None:
-    """The plane by Image Orientation (0020,0037; PS3.3 C.7.6.2.1.1) if it tells one."""
-    try:
-        cosines = np.array([float(part) for part in tag_value(dataset, "ImageOrientationPatient")])
-    except (TypeError, ValueError):
-        return None
-    if cosines.shape != (6,) or not np.isfinite(cosines).all():
-        return None
-    normal: npt.NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
-    length = np.linalg.norm(normal)
-    # Of a row and a column that are unit vectors at right angles it is 1.
-    return Plane(cosines[:3], cosines[3:], normal / length) if abs(length - 1) < 0.1 else None
-
-
-def tag_value(dataset: Dataset, keyword: str) -> Any:
-    """The value of a tag; None if it is missing or broken."""
-    try:
-        return dataset.get(keyword)
-    except Exception:  # what broken values raise depends on what they should have been
-        return None
-
-
-def tag_text(dataset: Dataset, keyword: str) -> str:
-    """The values of a tag in one short line; empty if it is missing or holds no text."""
-    value = tag_value(dataset, keyword)
-    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    words = (word for part in values if isinstance(part, str) for word in part.split())
-    return " ".join(words)[:100]  # three values of 16 characters decide
-
-
-def dicom_kind(dataset: Dataset) -> str:
-    """What a file that `dicom_reasons` speaks against is, in one or two words.
-
-    Returns:
-        `structured report`, `secondary capture`, `other object` (a PDF, a dose, a segmentation),
-        `other modality`, `localizer`, `coronal`, `sagittal` or `oblique`: the first that holds;
-        empty for what may be an axial CT slice.
-    """
-    from pydicom.uid import UID
-
-    sop_class = UID(tag_text(dataset, "SOPClassUID"))
-    name = sop_class.name if _is_other_object(sop_class) else ""
-    modality = tag_text(dataset, "Modality").upper()
-    if " SR " in name or modality == "SR":
-        return "structured report"
-    if "Secondary Capture" in name:
-        return "secondary capture"
-    if name and "Image Storage" not in name:
-        return "other object"
-    if modality not in ("", "CT"):
-        return "other modality"
-    if name:
-        return "other object"
-    if _is_localizer(dataset):
-        return "localizer"
-    plane = plane_of(dataset)
-    name = "axial" if plane is None else _plane_name(plane)
-    return "" if name == "axial" else name
-
-
-def dicom_reasons(dataset: Dataset) -> list[str]:
-    """Why a DICOM file is no axial CT slice, by the tags that its scanner wrote.
-
-    Modality and SOP class (PS3.3 C.7.3.1.1.1 and C.12.1), the plane (C.7.6.2.1.1) and value 3 of
-    the image type (C.8.2.1.1.1). A tag that is missing, empty or unreadable is no reason, and
-    neither is a SOP class that the standard does not know.
-
-    Args:
-        dataset: Holds those of `DOMAIN_KEYWORDS` that the file has.
-
-    Returns:
-        One sentence a reason, without a full stop; none for an axial CT slice.
-    """
-    return [*_kind_reasons(dataset), *_plane_reasons(dataset)]
-
-
-def picture_reasons(picture: Image.Image, grey: Image.Image) -> list[str]:
+def picture_reasons(picture: Image.Image, grey: npt.NDArray[np.uint8]) -> list[str]:
     """Why a picture (PNG, JPEG) does not look like an axial chest-CT slice.
 
     Args:
-        picture: As it stands in the file, of any mode.
-        grey: Mode L, of the same size.
+        picture: As stored in the file, of any mode.
+        grey: uint8 (H, W), the same picture in grey.
 
     Returns:
         One sentence a reason, without a full stop; none for what looks like one.
     """
-    return [*_colour_reasons(picture), *_grey_reasons(grey, _raster(grey))]
+    shown = Image.fromarray(grey)
+    return [*_colour_reasons(picture), *_grey_reasons(shown, _raster(shown))]
 
 
-def slice_reasons(dataset: Dataset, grey: Image.Image, window: Window) -> list[str]:
+def slice_reasons(
+    grey: npt.NDArray[np.uint8], window: Window, *, body_part: str, is_inverted: bool
+) -> list[str]:
     """Why a DICOM slice of a CT does not look like one of the chest.
 
     Args:
-        dataset: Holds those of `DOMAIN_KEYWORDS` that the file has, and PhotometricInterpretation.
-        grey: Mode L, its pixels seen through `window`. Lungs are looked for if the window shows
-            them apart from air and from tissue, and not inverted.
-        window: In HU.
+        grey: uint8 (H, W), the slice seen through `window`.
+        window: In HU. The lungs are looked for if it shows them apart from air and from tissue.
+        body_part: Body Part Examined (0018,0015); empty if unknown.
+        is_inverted: Whether low values are bright in `grey`; then no lungs are looked for.
 
     Returns:
         One sentence a reason, without a full stop; none for what looks like one.
     """
-    cells = _raster(grey)
-    reasons = [*_body_part_reasons(dataset), *_grey_reasons(grey, cells)]
-    if tag_value(dataset, "PhotometricInterpretation") == "MONOCHROME2":
-        reasons += _lung_reasons(cells, window)
-    return reasons
+    shown = Image.fromarray(grey)
+    cells = _raster(shown)
+    reasons = [*_body_part_reasons(body_part), *_grey_reasons(shown, cells)]
+    return reasons if is_inverted else [*reasons, *_lung_reasons(cells, window)]
 
 
-def _kind_reasons(dataset: Dataset) -> list[str]:
-    from pydicom.uid import UID, CTImageStorage
-
-    reasons = []
-    modality = tag_text(dataset, "Modality")
-    if modality and modality.upper() != "CT":
-        reasons.append(f"another modality: Modality (0008,0060) is {modality}, expected CT")
-    sop_class = UID(tag_text(dataset, "SOPClassUID"))
-    if _is_other_object(sop_class):
-        reasons.append(
-            f"another kind of object: SOP Class (0008,0016) is {sop_class.name}, "
-            f"expected {CTImageStorage.name}"
-        )
-    return reasons
-
-
-def _is_other_object(sop_class: UID) -> bool:
-    from pydicom.uid import (
-        CTImageStorage,
-        EnhancedCTImageStorage,
-        LegacyConvertedEnhancedCTImageStorage,
-    )
-
-    return sop_class.type == "SOP Class" and sop_class not in (
-        CTImageStorage,
-        EnhancedCTImageStorage,
-        LegacyConvertedEnhancedCTImageStorage,
-    )
-
-
-def _plane_reasons(dataset: Dataset) -> list[str]:
-    reasons = []
-    image_type = tag_text(dataset, "ImageType")
-    if _is_localizer(dataset):
-        reasons.append(f"a localizer: Image Type (0008,0008) is {image_type}, expected a slice")
-    plane = plane_of(dataset)
-    if plane is not None and (plane_name := _plane_name(plane)) != "axial":
-        tilt_deg = math.degrees(math.acos(min(abs(plane.normal[2]), 1.0)))
-        reasons.append(
-            f"not axial: by Image Orientation (0020,0037) the plane is {plane_name}, "
-            f"{tilt_deg:.0f} degrees from axial, expected at most {MAX_TILT_DEG:.0f}"
-        )
-    return reasons
-
-
-def _plane_name(plane: Plane) -> str:
-    """`axial`, `coronal`, `sagittal` or `oblique`, within what the gantry of a scanner can lean."""
-    straight = math.cos(math.radians(MAX_TILT_DEG))
-    for name, part in zip(("sagittal", "coronal", "axial"), abs(plane.normal), strict=True):
-        if part >= straight:
-            return name
-    return "oblique"
-
-
-def _is_localizer(dataset: Dataset) -> bool:
-    return "LOCALIZER" in _words(tag_text(dataset, "ImageType"))
-
-
-def _body_part_reasons(dataset: Dataset) -> list[str]:
+def _body_part_reasons(part: str) -> list[str]:
     # Wrong in 15 % of the images of one hospital, because it comes with the protocol (Gueld et
     # al. 2002, doi 10.1117/12.467017): enough for a flag, not for a refusal.
-    part = tag_text(dataset, "BodyPartExamined")
-    words = _words(part)
+    words = re.findall("[A-Z0-9]+", part.upper())
     if words and PARTS_WITHOUT_LUNGS.issuperset(words):
         return [f"another body part: Body Part Examined (0018,0015) is {part}, expected the chest"]
     return []
-
-
-def _words(text: str) -> list[str]:
-    return re.findall("[A-Z0-9]+", text.upper())
 
 
 def _colour_reasons(picture: Image.Image) -> list[str]:
@@ -378,7 +199,7 @@ def _line_heights(grey: Image.Image) -> npt.NDArray[np.float64]:
 
 
 def _enclosed(mask: Mask) -> Mask:
-    """What has the mask on it or on all four sides."""
+    """Cells in the mask, or with the mask on all four sides."""
     return _between(mask) & _between(mask.T).T
 
 

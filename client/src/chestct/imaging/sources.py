@@ -1,4 +1,4 @@
-"""Where scans are: files, folders, zip archives of a study, and the index of a DICOM medium."""
+"""Find scans: files, folders, zip archives of a study, and DICOMDIR indices."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from io import BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from chestct.errors import ScanDecodeError
 from chestct.imaging._warnings import without_warnings
-from chestct.imaging.limits import ACCEPTED, MAX_FILE_BYTES, require_size
+from chestct.imaging.archives import (
+    has_known_method,
+    is_encrypted,
+    is_hidden,
+    open_archive,
+    read_member,
+    reading,
+)
+from chestct.imaging.limits import ACCEPTED, require_size
 
-__all__ = ["SCAN_SUFFIXES", "Source", "list_scans", "list_sources"]
+__all__ = [
+    "INDEX_NAME",
+    "SCAN_SUFFIXES",
+    "Source",
+    "has_scan_name",
+    "list_scans",
+    "list_sources",
+]
 
 SCAN_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 ARCHIVE_SUFFIX = ".zip"
 INDEX_NAME = "DICOMDIR"  # the one name that DICOM PS3.10, section 8.6, allows
 
 MAX_INDEX_BYTES = 32 * 2**20  # some 50,000 images
-MAX_DIRECTORY_BYTES = 8 * 2**20  # of a zip archive: some 80,000 files
-MAX_INFLATION = 200  # of a whole archive; slices of a CT shrink to a half or a third
-READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for gigabytes
-ENCRYPTED = 0x1  # general purpose bit 0: PKWARE APPNOTE, section 4.4.4
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,14 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What records carry as `path`: `study.zip!series/IM001.dcm` for a file in an archive."""
+        """The `path` of records: `study.zip!series/IM001.dcm` for a file in an archive."""
         return f"{self.path}!{self.member}" if self.member else str(self.path)
 
     def num_bytes(self) -> int:
-        """How large it is, unpacked; 0 where that cannot be known."""
+        """Size, unpacked; 0 if it is unknown."""
         try:
             if self.member:
-                return _open_archive(self.path).getinfo(self.member).file_size
+                return open_archive(self.path).getinfo(self.member).file_size
             return os.stat(self.path).st_size
         except (ScanDecodeError, KeyError, OSError, ValueError):
             return 0
@@ -65,7 +75,7 @@ class Source:
         if self.member:
             return _read_member(self)
         if self.path.suffix.lower() == ARCHIVE_SUFFIX:
-            _open_archive(self.path)
+            open_archive(self.path)
             raise ScanDecodeError(f"{self.name}: a zip archive, expected one of the files in it")
         return _read_file(self.path)
 
@@ -89,6 +99,12 @@ def list_sources(root: str | os.PathLike[str]) -> Iterator[Source]:
             yield from _members(path)
         else:
             yield Source(path)
+
+
+def has_scan_name(name: str) -> bool:
+    """Whether a file may be a scan by its name: one of `SCAN_SUFFIXES`, none, or a number."""
+    suffix = PurePosixPath(name).suffix
+    return suffix.lower() in (*SCAN_SUFFIXES, "") or suffix[1:].isdigit()
 
 
 def list_scans(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -149,7 +165,7 @@ def _entries(folder: Path, with_index: bool) -> Iterator[tuple[Path, bool]]:
 def _is_scan(path: Path) -> bool:
     if path.suffix.lower() in (*SCAN_SUFFIXES, ARCHIVE_SUFFIX):
         return True
-    if not _may_be_unnamed(path.suffix):
+    if not has_scan_name(path.name):
         return False
     try:
         if not path.is_file():
@@ -160,16 +176,12 @@ def _is_scan(path: Path) -> bool:
         return False
 
 
-def _may_be_unnamed(suffix: str) -> bool:
-    return not suffix or suffix[1:].isdigit()
-
-
 def _has_preamble(head: bytes) -> bool:
     return head[128:] == b"DICM"
 
 
 def _listed(index: Path) -> list[Path]:
-    """The files that a DICOMDIR lists, if it can be read and all of them are there."""
+    """Files that a DICOMDIR lists; none if it is unreadable or if one of them is missing."""
     try:
         if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
             return []
@@ -200,75 +212,21 @@ def _listed_parts(data: bytes) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(parts))
 
 
-class _BoundedFile(FileIO):
-    """A file of which no more than `limit` bytes are read at once."""
-
-    limit = MAX_DIRECTORY_BYTES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            size = os.fstat(self.fileno()).st_size - self.tell()
-        if size > self.limit:
-            raise zipfile.BadZipFile(f"its directory is larger than {self.limit // 2**20} MiB")
-        return super().read(size) or b""
-
-
-class _Archive(zipfile.ZipFile):
-    """A zip archive whose directory is of bounded size and which is no bomb by its directory."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = _BoundedFile(path)
-        try:
-            super().__init__(self._file)
-            self._file.limit = MAX_FILE_BYTES + 1
-            promised = sum(info.file_size for info in self.infolist())
-            if promised > MAX_FILE_BYTES + MAX_INFLATION * os.fstat(self._file.fileno()).st_size:
-                raise zipfile.BadZipFile(f"it would unpack to {promised / 2**30:.1f} GiB")
-        except BaseException:
-            self._file.close()
-            raise
-
-    def close(self) -> None:
-        super().close()
-        self._file.close()
-
-
-def _open_archive(path: Path) -> _Archive:
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ScanDecodeError(f"{path}: not a regular file, {ACCEPTED}")
-        return _archive(path, status.st_size, status.st_mtime_ns, os.getpid())
-    except OSError as error:
-        raise _unreadable(str(path), error) from error
-    except ScanDecodeError:
-        raise
-    except Exception as error:  # broken archives make zipfile raise nearly anything
-        raise ScanDecodeError(f"{path}: no readable zip archive: {_reason(error)}") from error
-
-
-# A process that was forked must not share the place in an open file with its parent.
-@lru_cache(maxsize=4)
-def _archive(path: Path, num_bytes: int, changed_ns: int, process: int) -> _Archive:
-    return _Archive(path)
-
-
 def _members(path: Path) -> Iterator[Source]:
     try:
-        archive = _open_archive(path)
+        archive = open_archive(path)
     except ScanDecodeError:
         yield Source(path)
         return
     infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
     for name in _members_by_index(archive, infos) or sorted(infos):
-        place = PurePosixPath(name)
-        is_hidden = any(part.startswith((".", "__MACOSX")) for part in place.parts)
-        if not is_hidden and place.name != INDEX_NAME and _is_scan_member(archive, infos[name]):
+        is_left_out = is_hidden(name) or PurePosixPath(name).name == INDEX_NAME
+        if not is_left_out and _is_scan_member(archive, infos[name]):
             yield Source(path, name)
 
 
-def _members_by_index(archive: _Archive, infos: dict[str, Any]) -> list[str]:
-    """What the only DICOMDIR of an archive lists, if it can be read and all of it is there."""
+def _members_by_index(archive: zipfile.ZipFile, infos: dict[str, Any]) -> list[str]:
+    """Members that the only DICOMDIR lists; none if it is unreadable or if one is missing."""
     indices = [name for name in infos if PurePosixPath(name).name == INDEX_NAME]
     if len(indices) != 1 or infos[indices[0]].file_size > MAX_INDEX_BYTES:
         return []
@@ -280,13 +238,12 @@ def _members_by_index(archive: _Archive, infos: dict[str, Any]) -> list[str]:
     return names if all(name in infos for name in names) else []
 
 
-def _is_scan_member(archive: _Archive, info: zipfile.ZipInfo) -> bool:
-    suffix = PurePosixPath(info.filename).suffix
-    if suffix.lower() in SCAN_SUFFIXES:
+def _is_scan_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    if PurePosixPath(info.filename).suffix.lower() in SCAN_SUFFIXES:
         return True
-    if not _may_be_unnamed(suffix) or info.compress_type not in READABLE_METHODS:
+    if not has_scan_name(info.filename) or not has_known_method(info):
         return False
-    if info.flag_bits & ENCRYPTED:
+    if is_encrypted(info):
         return True  # reading it tells why
     try:
         with archive.open(info) as file:
@@ -296,32 +253,27 @@ def _is_scan_member(archive: _Archive, info: zipfile.ZipInfo) -> bool:
 
 
 def _read_member(source: Source) -> bytes:
-    archive = _open_archive(source.path)
-    try:
+    archive = open_archive(source.path)
+    with reading(source.name, "cannot be unpacked"):
         info = archive.getinfo(source.member)
         require_size(info.file_size, source.name)
-        if info.flag_bits & ENCRYPTED:
+        if is_encrypted(info):
             raise ScanDecodeError(
                 f"{source.name}: encrypted, expected an archive without a password. Unpack it."
             )
-        if info.compress_type not in READABLE_METHODS:
+        if not has_known_method(info):
             raise ScanDecodeError(
                 f"{source.name}: compression method {info.compress_type}, expected stored or "
                 "deflated (0 or 8). Unpack it."
             )
-        with archive.open(info) as file:
-            return file.read(info.file_size + 1)  # no more, whatever the stream holds
-    except ScanDecodeError:
-        raise
-    except OSError as error:
-        raise _unreadable(source.name, error) from error
-    except Exception as error:  # broken archives make zipfile raise nearly anything
-        raise ScanDecodeError(f"{source.name}: cannot be unpacked: {_reason(error)}") from error
+        return read_member(archive, info)
 
 
 def _read_file(path: Path) -> bytes:
     name = str(path)
-    try:
+    if "\0" in name:
+        raise ScanDecodeError(f"{name!r}: not a file name: embedded null byte")
+    with reading(name, "not a file name"):
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             os.scandir(path).close()
@@ -330,16 +282,3 @@ def _read_file(path: Path) -> bytes:
             raise ScanDecodeError(f"{name}: not a regular file, {ACCEPTED}")
         require_size(status.st_size, name)
         return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(name, error) from error
-    except ValueError as error:  # a null character in the name
-        raise ScanDecodeError(f"{name!r}: not a file name: {error}") from error
-
-
-def _unreadable(name: str, error: OSError) -> ScanDecodeError:
-    reason = (error.strerror or str(error)).lower()
-    return ScanDecodeError(f"{name}: cannot be read: {reason}")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

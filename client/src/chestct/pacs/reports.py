@@ -28,8 +28,8 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE, Window
 from chestct.errors import OutOfDomainError, ReportError, ScanDecodeError
 from chestct.imaging._warnings import without_warnings
 from chestct.imaging.body import body_box
-from chestct.imaging.dicom import SliceFacts
-from chestct.imaging.scan import inspect_scans, load_grey
+from chestct.imaging.metadata import SliceMetadata
+from chestct.imaging.prepare import inspect_scans, load_grey
 from chestct.imaging.sources import Source
 from chestct.inference.client import ScanClient
 from chestct.inference.server_pool import Fleet
@@ -151,7 +151,7 @@ class DicomReports:
         if not items:
             return
         try:
-            found = [(line, item.source, item.scan.facts) for line, item in items if item.scan]
+            found = [(line, item.source, item.scan.metadata) for line, item in items if item.scan]
             slices = _source_slices(found)
             if len(slices) != record["num_slices"]:
                 raise ReportError(
@@ -162,7 +162,7 @@ class DicomReports:
             if record["status"] == "ok":
                 chief = record["slice"]["path"]
                 item = next(item for line, item in items if line["path"] == chief)
-                facts, evidence = item.scan.facts, item.activation_map
+                facts, evidence = item.scan.metadata, item.activation_map
                 picture = _picture(record, item.source, facts.frame, self._window, evidence)
                 objects["sc"] = secondary_capture(record, slices, picture)
         except (ReportError, ScanDecodeError) as error:
@@ -206,7 +206,7 @@ def classify_series(
     """
     _require_highdicom()
     window = client.facts.window
-    found: list[tuple[dict[str, Any], Source, SliceFacts]] = []
+    found: list[tuple[dict[str, Any], Source, SliceMetadata]] = []
     num_failed = num_refused = 0
     with contextlib.ExitStack() as stack:
         decoders = workers or stack.enter_context(new_workers())
@@ -215,7 +215,7 @@ def classify_series(
         for record, item in classify_sources(fleet, map(Source, files), decoders):
             checkpoint()
             if item.scan is not None:
-                found.append((record, item.source, item.scan.facts or SliceFacts()))
+                found.append((record, item.source, item.scan.metadata or SliceMetadata()))
             elif record["error"]["type"] == OutOfDomainError.__name__:
                 num_refused += 1
             else:
@@ -345,7 +345,7 @@ def secondary_capture(
             photometric_interpretation="RGB",
             bits_allocated=8,
             coordinate_system="PATIENT",
-            patient_orientation=("L", "P"),  # as `chestct.imaging.dicom.upright` turns every slice
+            patient_orientation=("L", "P"),  # as `chestct.imaging.dicom` turns every slice
             pixel_spacing=_upright_spacing_mm(header),
             series_instance_uid=ids.series_of("sc"),
             series_number=ids.series_number + 1,
@@ -526,7 +526,7 @@ def _group(
 
 
 def _source_slices(
-    found: Sequence[tuple[Mapping[str, Any], Source, SliceFacts]],
+    found: Sequence[tuple[Mapping[str, Any], Source, SliceMetadata]],
 ) -> list[SourceSlice]:
     """Copies of a slice count once, as in the record of the series."""
     headers: dict[Source, Dataset] = {}
@@ -660,7 +660,7 @@ def _usable_headers(slices: Sequence[SourceSlice]) -> list[Dataset]:
 
 
 def _upright_spacing_mm(header: Dataset) -> Any:
-    """Pixel Spacing (0028,0030), rows first, of a slice turned by `imaging.dicom.upright`."""
+    """Pixel Spacing (0028,0030), rows first, of a slice turned by `chestct.imaging.dicom`."""
     spacing = header.get("PixelSpacing")
     if not spacing or len(spacing) != 2:
         return None

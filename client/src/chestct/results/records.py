@@ -139,7 +139,7 @@ def result_line(
         index: Place of the scan in that answer.
         decode_ms: Time to read, decode, window and resize it.
         infer_ms: Its share of the request that carried it: wall time over number of scans.
-        reasons: What its file tells against it: `chestct.imaging.scan.Scan.reasons`.
+        reasons: What its file tells against it: `chestct.imaging.prepare.Scan.reasons`.
 
     Returns:
         `path`, `status`, `label`, `probabilities`, `in_domain`, `reasons` (only if there are any:

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE
-from chestct.imaging.dicom import SliceFacts
+from chestct.imaging.metadata import SliceMetadata
 
 __all__ = [
     "NORMAL",
@@ -50,16 +50,16 @@ class SeriesSlice:
         path: As in its record.
         probabilities: By label.
         in_domain: As in its record.
-        facts: What its DICOM file says: `chestct.imaging.scan.Scan.facts`.
+        facts: What its DICOM file says: `chestct.imaging.prepare.Scan.metadata`.
     """
 
     path: str
     probabilities: Mapping[str, float]
     in_domain: bool
-    facts: SliceFacts
+    facts: SliceMetadata
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], facts: SliceFacts) -> SeriesSlice:
+    def from_record(cls, record: Mapping[str, Any], facts: SliceMetadata) -> SeriesSlice:
         """From a record with status `ok`, as made by `chestct.results.records.result_line`."""
         return cls(record["path"], record["probabilities"], record["in_domain"], facts)
 

@@ -69,7 +69,7 @@ class Item:
         source: The `chestct.imaging.sources.Source` of the scan.
         pixels: uint8 (224, 224, 1); None where nothing was decoded.
         activation_map: float32 (14, 14, C), class evidence; None unless an output asks for it.
-        scan: What decoding found out, `chestct.imaging.scan.Scan`; None where nothing was decoded.
+        scan: The decoded `chestct.imaging.prepare.Scan`; None where nothing was decoded.
     """
 
     source: Any

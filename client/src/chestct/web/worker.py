@@ -27,26 +27,18 @@ from PIL import Image
 
 from chestct.contract import Window
 from chestct.errors import ScanDecodeError
-from chestct.imaging import limits
-from chestct.imaging._warnings import without_warnings
-from chestct.imaging.body import body_box
-from chestct.imaging.dicom import (
-    hu_from_stored,
-    is_dicom,
-    is_padding,
-    read_dicom,
-    slice_attributes,
-    stored_values,
-    upright,
+from chestct.imaging.archives import (
+    ZIP_SIGNATURES,
+    has_known_method,
+    is_encrypted,
+    is_hidden,
+    read_member,
 )
-from chestct.imaging.scan import Scan, apply_window, inspect_scans
-from chestct.imaging.sources import Source
+from chestct.imaging.limits import limit_memory, require_size
+from chestct.imaging.prepare import Scan, inspect_scans
+from chestct.imaging.sources import INDEX_NAME, Source, has_scan_name
 
-ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")  # PKWARE APPNOTE, sections 4.3.7 and 4.3.16
-READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for gigabytes
-ENCRYPTED = 0x1  # general purpose bit 0: APPNOTE, section 4.4.4
 MAX_UNPACKED_BYTES = 4 * 2**30  # of a whole archive; one member at a time is in memory
-INT16 = np.iinfo(np.int16)
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,6 @@ def main(limits_text: str) -> None:
     """
     allowed = json.loads(limits_text)
     _confine(allowed["memory_bytes"])
-    limits.MAX_PIXELS = allowed["max_pixels"]
     Image.MAX_IMAGE_PIXELS = None  # ours is checked first, and is the smaller one
     # Whatever prints must not break into the answers.
     answers = os.fdopen(os.dup(1), "wb")
@@ -79,7 +70,7 @@ def main(limits_text: str) -> None:
     _warm_up()
     while head := sys.stdin.buffer.read(4):
         (length,) = struct.unpack(">I", head)
-        task = json.loads(sys.stdin.buffer.read(length))
+        task = allowed | json.loads(sys.stdin.buffer.read(length))
         data = sys.stdin.buffer.read(task["num_bytes"])
         num_scans = 0
         for message, blobs in _messages(task, data):
@@ -96,7 +87,7 @@ def main(limits_text: str) -> None:
 def _confine(memory_bytes: int) -> None:
     import resource
 
-    limits.limit_memory(memory_bytes)
+    limit_memory(memory_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails instead
@@ -132,29 +123,30 @@ def _file_messages(
     window = Window(*task["window"])
     try:
         start = time.perf_counter()
-        sent = _Sent(Path(), source.name, source.read())
-        for found in inspect_scans(sent, window):
+        for found in inspect_scans(
+            source, window, max_pixels=task["max_pixels"], with_original=bool(task["side"])
+        ):
             if not isinstance(found.scan, Scan):
                 yield _error_message(found.name, found.scan)
             else:
                 decode_ms = 1000 * (time.perf_counter() - start)
-                facts = found.scan.facts
+                metadata, original = found.scan.metadata, found.scan.original
                 header = {
                     "kind": "scan",
                     "name": found.name,
                     "reasons": found.scan.reasons,
                     "decode_ms": decode_ms,
-                    "series": _alias(facts.series_uid if facts else "", task["key"]),
-                    "position_mm": facts.position_mm if facts else None,
+                    "series": _alias(metadata.series_uid if metadata else "", task["key"]),
+                    "position_mm": metadata.position_mm if metadata else None,
                 }
                 blobs = [found.scan.pixels.tobytes()]
-                if task["side"]:
-                    frame = max(facts.frame - 1, 0) if facts else 0
-                    shown, box, is_inverted = _original(sent.data, found.name, frame, window)
-                    size = shown.shape[:2]
-                    small = _reduced(shown, task["side"])
+                if original:
+                    height, width = size = original.pixels.shape[:2]
+                    top, bottom, left, right = original.box
+                    box = top / height, left / width, bottom / height, right / width
+                    small = _reduced(original.pixels, task["side"])
                     header |= {"shape": small.shape, "dtype": small.dtype.str}
-                    header |= {"size": size, "box": box, "inverted": is_inverted}
+                    header |= {"size": size, "box": box, "inverted": original.is_inverted}
                     blobs.append(small.tobytes())
                 yield header, blobs
             start = time.perf_counter()
@@ -200,11 +192,10 @@ def _sources(name: str, data: bytes, first: int) -> Iterator[Source]:
             yield _Sent(Path(), member)
             continue
         try:
-            limits.require_size(info.file_size, member)
-            if info.flag_bits & ENCRYPTED or info.compress_type not in READABLE_METHODS:
+            require_size(info.file_size, member)
+            if is_encrypted(info) or not has_known_method(info):
                 raise ValueError("encrypted or compressed in a rare way. Pack it again without")
-            with archive.open(info) as file:
-                content = file.read(info.file_size + 1)
+            content = read_member(archive, info)
         except ScanDecodeError as error:
             yield _Broken(Path(), member, str(error))
         except Exception as error:  # broken archives make zipfile raise nearly anything
@@ -227,59 +218,8 @@ class _Broken(Source):
 
 def _may_be_scan(info: zipfile.ZipInfo) -> bool:
     place = PurePosixPath(info.filename)
-    is_hidden = any(part.startswith((".", "__MACOSX")) for part in place.parts)
-    known = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", "")
-    is_scan = place.suffix.lower() in known or place.suffix[1:].isdigit()
-    return is_scan and not (info.is_dir() or is_hidden or place.name == "DICOMDIR")
-
-
-def _original(
-    data: bytes, name: str, frame: int, window: Window
-) -> tuple[npt.NDArray[Any], tuple[float, ...], bool]:
-    """The slice for the eye, what of it the network saw, and whether low values are bright in it.
-
-    Returns:
-        int16 (H, W) in Hounsfield units, or uint8 (H, W), or (H, W, 3) of a coloured picture; top,
-        left, bottom and right as parts of height and width; and whether it is MONOCHROME1.
-    """
-    with without_warnings:
-        if not is_dicom(data):
-            picture = Image.open(BytesIO(data), formats=("PNG", "JPEG"))
-            return *_picture_original(picture), False
-        dataset = read_dicom(data, name)
-        attributes = slice_attributes(dataset, frame)
-        stored = stored_values(dataset, frame, name)
-        hu = hu_from_stored(stored, attributes, name)
-        grey = apply_window(hu, window)
-        is_inverted = attributes.PhotometricInterpretation == "MONOCHROME1"
-        if is_inverted:
-            grey = 255 - grey
-        padding = is_padding(stored, attributes)
-        if padding is not None:
-            grey[padding] = 0
-        shown: Any = np.clip(np.rint(hu), INT16.min, INT16.max).astype(np.int16)
-        return upright(shown, attributes), _box(upright(grey, attributes)), is_inverted
-
-
-def _picture_original(picture: Image.Image) -> tuple[npt.NDArray[Any], tuple[float, ...]]:
-    if picture.mode.startswith("I"):
-        grey = ((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return grey, _box(grey)
-    if picture.has_transparency_data:
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        picture = Image.alpha_composite(black, picture.convert("RGBA"))
-    grey = np.asarray(picture.convert("L"))
-    if picture.mode in ("1", "L", "LA"):
-        return grey, _box(grey)
-    coloured = np.asarray(picture.convert("RGB"))
-    is_grey = not np.ptp(coloured, axis=2).any()
-    return (grey if is_grey else coloured), _box(grey)
-
-
-def _box(grey: npt.NDArray[np.uint8]) -> tuple[float, float, float, float]:
-    height, width = grey.shape
-    top, bottom, left, right = body_box(grey)
-    return top / height, left / width, bottom / height, right / width
+    is_left_out = info.is_dir() or is_hidden(info.filename) or place.name == INDEX_NAME
+    return has_scan_name(info.filename) and not is_left_out
 
 
 def _reduced(shown: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:

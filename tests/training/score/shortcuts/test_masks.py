@@ -7,7 +7,8 @@ from scipy import ndimage
 
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.imaging.body import body_box
-from chestct.imaging.scan import apply_window, load_scan
+from chestct.imaging.prepare import load_scan
+from chestct.imaging.window import apply_window
 from tests.support.slices import scan_of
 from training.score.shortcuts.masks import body_outline, lung_mask
 from training.score.shortcuts.perturb import blank_lungs, blank_outside

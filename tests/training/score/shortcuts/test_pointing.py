@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from chestct.contract import LUNG_WINDOW
-from chestct.imaging.scan import load_scan
+from chestct.imaging.prepare import load_scan
 from tests.support.slices import annotation
 from training.common.metrics import wilson_interval
 from training.data.dataset import ScanSet

@@ -75,7 +75,7 @@ export class Viewer {
         out[i] = 0xff000000 | (pixels[j + 2] << 16) | (pixels[j + 1] << 8) | pixels[j];
       }
     } else if (this.isHu) {
-      // DICOM PS3.3 C.11.2.1.2.1, as chestct.imaging.scan.apply_window has it.
+      // DICOM PS3.3 C.11.2.1.2.1, as chestct.imaging.window.apply_window has it.
       const span = Math.max(this.window.width - 1, 1e-6);
       const floor = this.window.center - 0.5 - span / 2;
       for (let i = 0; i < out.length; i++) {
