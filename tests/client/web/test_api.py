@@ -81,7 +81,22 @@ def test_answers_are_those_of_the_command_line(page, small_triton, files):
     kinds = [line["error"]["type"] for line in lines[2:]]
     assert kinds == ["ScanDecodeError", "ScanDecodeError", "OutOfDomainError"]
     assert "the plane is coronal" in lines[4]["error"]["message"]
+    assert [line["error"].get("kind") for line in lines[2:]] == [None, None, "coronal"]
     assert {line["notice"] for line in lines} == {NOT_A_MEDICAL_DEVICE}
+
+
+def test_records_fit_the_schema_of_the_api(page, files):
+    import jsonschema
+
+    api = json.loads(ask(page, "GET", "/openapi.json")[2])
+    answer = api["paths"]["/api/classify"]["post"]["responses"]["200"]["content"]
+    schema = jsonschema.Draft202012Validator(answer["application/json"]["schema"])
+    named = [(name, path.read_bytes()) for name, path in files.items()]
+    for query in ("", "?images=64"):
+        results = classify(page, *named, query=query)
+        schema.validate({"results": results})
+        assert any("view" in line for line in results) == bool(query)
+    assert not schema.is_valid({"results": [results[0] | {"patient": "Doe"}]})
 
 
 def test_lines_come_as_lines_when_asked_for(page, files):
