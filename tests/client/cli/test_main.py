@@ -327,6 +327,25 @@ def test_health_as_json(peer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
 
 
+def test_start_of_the_node_as_json(grpc_peer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pynetdicom")
+    arguments = ["listen", "--queue", str(tmp_path), "--send-to", "PACS@127.0.0.1:104"]
+    arguments += ["--port", "0", "--json", "--url", grpc_peer.url]
+    with subprocess.Popen(
+        [*COMMAND[:1], "-m", "chestct.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.pop("port") > 0
+    assert said == {"ae_title": "CHESTCT", "host": "127.0.0.1", "notice": NOT_A_MEDICAL_DEVICE}
+
+
 def test_schema_is_that_of_the_records(
     peer: Any, scan_folder: Path, study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -453,13 +455,23 @@ def test_openapi_description_holds_under_schemathesis(page):
 
 
 def test_missing_extra_is_told_with_its_pip_line(monkeypatch, capsys):
-    import sys
-
     from chestct.cli.__main__ import main
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["web"]) == 2
     assert 'pip install "chestct[web]"' in capsys.readouterr().err
+
+
+def test_address_as_json(closed_port_url):
+    command = [sys.executable, "-m", "chestct.cli", "web", "--port", "0", "--url", closed_port_url]
+    with subprocess.Popen(
+        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said = json.loads(process.stdout.readline())
+        assert said["url"] in process.stderr.readline()
+        process.terminate()
+        process.communicate(timeout=60)
+    assert said == {"url": said["url"], "notice": NOT_A_MEDICAL_DEVICE}
 
 
 def test_wrong_settings_are_wrong_usage(capsys, tmp_path):

@@ -22,12 +22,18 @@ from chestct.cli.console import (
     abandon_stdout,
     say,
 )
-from chestct.cli.server import server_options
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.errors import ServerError
 
 __all__ = ["entry_point", "main"]
 
+COMMANDS = (
+    (classify, "classify scan files and folders of them"),
+    (listen, "take CT series by DICOM, send reports back"),
+    (health, "send one synthetic slice and tell how the model answers"),
+    (web, "serve a page where scans can be dropped and looked at"),
+    (schema, "print the JSON Schema of the records"),
+)
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -86,33 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         help="print a script that completes the options in a shell",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    server = server_options()
-
-    def command(name: str, text: str, run: Any, *parents: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
+    for module, text in COMMANDS:
+        command = commands.add_parser(
+            module.__name__.rpartition(".")[2],
             help=text,
             description=f"{text[0].upper()}{text[1:]}. {NOT_A_MEDICAL_DEVICE}",
-            parents=parents,
         )
-        added.set_defaults(run=run)
-        return added
-
-    classify.add_options(
-        command("classify", "classify scan files and folders of them", classify.run, server)
-    )
-    listen.add_options(
-        command("listen", "take CT series by DICOM, send reports back", listen.run, server)
-    )
-    health.add_options(
-        command(
-            "health", "send one synthetic slice and tell how the model answers", health.run, server
-        )
-    )
-    web.add_options(
-        command("web", "serve a page where scans can be dropped and looked at", web.run, server)
-    )
-    command("schema", "print the JSON Schema of the records", schema.run)
+        module.add_options(command)
+        command.set_defaults(run=module.run)
     return parser
 
 

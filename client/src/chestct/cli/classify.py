@@ -19,8 +19,8 @@ from chestct.batch.selection import Flush, PathFilter, find_sources, listed_path
 from chestct.batch.series_collector import SeriesCollector
 from chestct.batch.workers import Workers
 from chestct.cli.console import DONE, SOME_FAILED, Table, Tally, UsageError, printable, say
+from chestct.cli.options import add_list, add_number, add_server_options, fleet_of
 from chestct.cli.outputs import earlier_records, open_outputs
-from chestct.cli.server import fleet_of
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.scan import SCAN_SUFFIXES
 from chestct.imaging.sources import Source
@@ -37,7 +37,8 @@ LEAST_MEMORY_MB = 512  # an interpreter with numpy and the codecs takes half of 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `chestct classify`, beside those that say where the model is."""
+    """The options of `chestct classify`."""
+    add_server_options(parser)
     parser.add_argument(
         "paths",
         nargs="+",
@@ -75,20 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--with-uids", action="store_true", help="DICOM UIDs in the records; none without"
     )
     which = parser.add_argument_group("which scans")
-    which.add_argument(
-        "--include",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="only scans whose path or name matches; may be repeated",
-    )
-    which.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="no scans whose path or name matches; may be repeated",
-    )
+    add_list(which, "--include", "GLOB", "only scans whose path or name matches")
+    add_list(which, "--exclude", "GLOB", "no scans whose path or name matches")
     which.add_argument("--limit", type=int, metavar="N", help="at most N files")
     which.add_argument("--fail-fast", action="store_true", help="stop at the first bad scan")
     which.add_argument(
@@ -97,13 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--watch", action="store_true", help="go on with new scans as they come, until Ctrl-C"
     )
-    which.add_argument(
-        "--settle-s",
-        type=float,
-        default=2.0,
-        metavar="S",
-        help="how long a folder has to be at rest under --watch (%(default)s)",
-    )
+    add_number(which, "--settle-s", "S", 2.0, "how long a folder has to be at rest under --watch")
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="scans in one request (%(default)s)"
@@ -111,19 +94,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--workers", type=int, metavar="N", help="files decoded at once (one for each processor)"
     )
-    speed.add_argument(
-        "--decode-limit-s",
-        type=float,
-        default=DECODE_LIMIT_S,
-        metavar="S",
-        help="how long one file may take to decode (%(default)s)",
+    add_number(
+        speed, "--decode-limit-s", "S", DECODE_LIMIT_S, "how long one file may take to decode"
     )
-    speed.add_argument(
+    add_number(
+        speed,
         "--decode-memory-mb",
-        type=float,
-        default=DECODE_MEMORY_BYTES / 1e6,
-        metavar="MB",
-        help="how much address space a decoding process may take (%(default).0f)",
+        "MB",
+        DECODE_MEMORY_BYTES / 1e6,
+        "how much address space a decoding process may take",
     )
     speed.add_argument(
         "--isolate",
@@ -142,12 +121,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="of the Ray cluster (one is started on this machine)",
     )
-    speed.add_argument(
-        "--patience-s",
-        type=float,
-        default=3.0,
-        metavar="S",
-        help="how long all servers may be away before the run ends (%(default)s)",
+    add_number(
+        speed, "--patience-s", "S", 3.0, "how long all servers may be away before the run ends"
     )
 
 

@@ -7,11 +7,12 @@ import sys
 from dataclasses import asdict
 
 from chestct.cli.console import DONE, print_json
-from chestct.cli.server import client_of
+from chestct.cli.options import add_server_options, client_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `chestct health`."""
+    add_server_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from chestct.batch.pipeline import new_workers
 from chestct.cli.console import DONE, UsageError, print_json
-from chestct.cli.server import client_of
+from chestct.cli.options import add_list, add_number, add_server_options, client_of
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.errors import SpoolError
 
@@ -24,6 +24,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `chestct listen`."""
+    add_server_options(parser)
     parser.add_argument(
         "--json", action="store_true", help="when it listens, say so on stdout as a JSON object"
     )
@@ -37,39 +38,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ae-title", default="CHESTCT", help="title of this node (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=11112, help="0 for a free one (%(default)s)")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="AET",
-        help="an AE title that may call; may be repeated (all, but only on this machine)",
-    )
-    parser.add_argument(
-        "--quiet-s",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="a series is complete when nothing of it came for so long (%(default)s)",
+    add_list(parser, "--allow", "AET", "an AE title that may call (all, but only on this machine)")
+    add_number(
+        parser, "--quiet-s", "S", 30.0, "a series is complete when nothing of it came for so long"
     )
     parser.add_argument(
         "--at-release",
         action="store_true",
         help="a series is also complete when the association that sent it is released",
     )
-    parser.add_argument(
-        "--max-object-mb",
-        type=float,
-        default=256.0,
-        metavar="MB",
-        help="refuse larger objects (%(default)s)",
-    )
-    parser.add_argument(
-        "--max-queue-gb",
-        type=float,
-        default=20.0,
-        metavar="GB",
-        help="refuse objects while the queue holds so much (%(default)s)",
-    )
+    add_number(parser, "--max-object-mb", "MB", 256.0, "refuse larger objects")
+    add_number(parser, "--max-queue-gb", "GB", 20.0, "refuse objects while the queue holds so much")
     parser.add_argument("--no-capture", action="store_true", help="no picture, the numbers alone")
     parser.add_argument("--keep", action="store_true", help="keep the files after delivery")
     parser.add_argument(

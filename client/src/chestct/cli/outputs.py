@@ -9,11 +9,11 @@ from pathlib import Path
 from chestct.cli.console import UsageError
 from chestct.inference.server_pool import Fleet
 from chestct.results.formats import format_of, open_records
-from chestct.results.parquet import ParquetFile, journal_of
+from chestct.results.parquet import journal_of
 from chestct.results.writers import Output, RecordFile
 
 
-def earlier_records(arguments: argparse.Namespace) -> RecordFile | ParquetFile | None:
+def earlier_records(arguments: argparse.Namespace) -> RecordFile | None:
     """The file of an earlier run, if there is one to go on with."""
     output: Path | None = arguments.output
     if arguments.retry_errors and not arguments.resume:
@@ -41,7 +41,7 @@ def earlier_records(arguments: argparse.Namespace) -> RecordFile | ParquetFile |
 def open_outputs(
     arguments: argparse.Namespace,
     fleet: Fleet,
-    records: RecordFile | ParquetFile | None,
+    records: RecordFile | None,
     stack: contextlib.ExitStack,
 ) -> list[Output]:
     """Everything that is written to; the records come last, see `chestct.results.writers`."""

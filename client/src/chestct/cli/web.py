@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from chestct.cli.console import DONE, UsageError, print_json
-from chestct.cli.server import tls_of, urls_of
+from chestct.cli.options import add_list, add_server_options, tls_of, urls_of
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.web.settings import WebSettings
 
@@ -20,7 +20,8 @@ EVERYWHERE = ("0.0.0.0", "::", "")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `chestct web`, beside those that say where the model is."""
+    """The options of `chestct web`."""
+    add_server_options(parser)
     default = WebSettings()
     parser.add_argument(
         "--json", action="store_true", help="say the address on stdout as a JSON object"
@@ -29,13 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=8080, help="port to listen at, 0 for a free one (%(default)s)"
     )
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="another name by which browsers reach the page; may be repeated",
-    )
+    add_list(parser, "--allow-host", "NAME", "another name by which browsers reach the page")
     parser.add_argument(
         "--token-file",
         type=Path,
@@ -48,13 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="header by which a reverse proxy names the user; requests without it are refused",
     )
-    parser.add_argument(
-        "--proxy",
-        action="append",
-        default=[],
-        metavar="ADDRESS",
-        help="address of that proxy (127.0.0.1 and ::1)",
-    )
+    add_list(parser, "--proxy", "ADDRESS", "address of that proxy (127.0.0.1 and ::1)")
     parser.add_argument(
         "--max-upload-mb",
         type=int,

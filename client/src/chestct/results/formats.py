@@ -22,7 +22,7 @@ def format_of(path: Path, chosen: str | None = None) -> str:
 
 def open_records(
     path: Path, form: str, *, resume: bool = False, retry_errors: bool = False
-) -> RecordFile | ParquetFile:
+) -> RecordFile:
     """The file of records in one of `FORMATS`.
 
     Args:
@@ -37,6 +37,5 @@ def open_records(
         OSError: It cannot be read, cut or written.
     """
     finished = ResumeIndex(retry_errors=retry_errors)
-    if form == "parquet":
-        return ParquetFile(path, resume=resume, finished=finished)
-    return (CsvFile if form == "csv" else JsonLines)(path, resume=resume, finished=finished)
+    of_format = {"jsonl": JsonLines, "csv": CsvFile, "parquet": ParquetFile}
+    return of_format[form](path, resume=resume, finished=finished)

@@ -20,7 +20,7 @@ from chestct.results.columns import (
 )
 from chestct.results.records import Record, plain_text
 from chestct.results.resume import ResumeIndex
-from chestct.results.writers import DecodedInput, JsonLines, sync_folder, without_retried
+from chestct.results.writers import JsonLines, sync_folder
 
 __all__ = ["ParquetFile", "journal_of"]
 
@@ -28,20 +28,18 @@ ROW_GROUP_ROWS = 10_000  # bounds the memory of writing and of reading
 JOURNAL_SUFFIX = ".journal"
 
 
-class ParquetFile:
-    """Parquet with the columns of `chestct.results.records.columns_of`, in bounded row groups.
+class ParquetFile(JsonLines):
+    """Parquet with the columns of `chestct.results.columns.columns_of`, in bounded row groups.
 
     Parquet cannot be appended to, so records go to JSON lines in `FILE.journal` beside it, and
     become Parquet on closing: rows that were there before come first, then the new ones, in a
     temporary file that is renamed. A run that was killed leaves the journal for the next one.
 
     Attributes:
-        path: Where it is.
-        finished: What file and journal held on opening.
+        path: Where the journal is.
+        table: Where the Parquet file is.
+        finished: What both held on opening.
     """
-
-    wants_maps = False
-    wants_series = False
 
     def __init__(
         self, path: Path, *, resume: bool = False, finished: ResumeIndex | None = None
@@ -53,43 +51,29 @@ class ParquetFile:
             ValueError: It is no such file, or pyarrow is missing.
             OSError: It cannot be read or written.
         """
-        self.path = path
+        self.table = path
         self._columns: Sequence[Column] = ()
         self._parquet = _pyarrow_parquet()
         if path.exists() and not resume:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        self._retried: set[str] = set()
-        self.finished = ResumeIndex() if finished is None else finished
+        finished = ResumeIndex() if finished is None else finished
         for record in self._stored_records():
-            self.finished.take(record)
-        self._journal = JsonLines(journal_of(path), resume=resume, finished=self.finished)
+            finished.take(record)
+        super().__init__(journal_of(path), resume=resume, finished=finished)
 
     def start(self, labels: Sequence[str]) -> None:
         """Tells of which model the records will be: see `RecordFile.start`."""
         if self._columns:
-            compare_columns(self.path, self._columns, labels)
+            compare_columns(self.table, self._columns, labels)
         self._columns = columns_of(labels)
 
-    def add(self, record: Record, item: DecodedInput) -> None:
-        """Appends a record."""
-        if self.finished.has_failed(record["path"]):
-            self._retried.add(record["path"])
-        self._journal.append(record)
-
-    def end_series(self, record: Record, items: Sequence[tuple[Record, DecodedInput]]) -> None:
-        """Appends a record."""
-        self._journal.append(record)
-
-    def close(self) -> None:
-        """Writes the Parquet file from the journal."""
-        self._journal.close()
-        journal, unfinished = self._journal.path, self.path.with_name(self.path.name + ".tmp")
-        if not journal.exists():  # closed already
-            return
-        is_empty = not journal.stat().st_size
-        if not self._columns or (is_empty and self.path.exists()):  # or never started
+    def _finish(self) -> None:
+        """Writes the table from the journal."""
+        unfinished = self.table.with_name(self.table.name + ".tmp")
+        is_empty = not self.path.stat().st_size
+        if not self._columns or (is_empty and self.table.exists()):  # or never started
             if is_empty:
-                journal.unlink()
+                self.path.unlink()
             return
         try:
             with self._parquet.ParquetWriter(unfinished, self._schema()) as writer:
@@ -97,22 +81,21 @@ class ParquetFile:
                     writer.write_batch(self._batch(rows))
             with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
-            unfinished.replace(self.path)
+            unfinished.replace(self.table)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
-        sync_folder(self.path.parent)
-        journal.unlink()
+        sync_folder(self.table.parent)
+        self.path.unlink()
 
     def _all_records(self) -> Iterator[Record]:
         written = ResumeIndex(retry_errors=True)
-        for record in without_retried(self._stored_records(), self._retried):
+        for record in self.finished.without_retried(self._stored_records()):
             written.take(record)
             yield record
-        for record in without_retried(self._journal.records(), self._retried):
+        for record in self.finished.without_retried(self.records()):
             # A run killed after the rename and before the end of its journal wrote it already.
-            is_error = record["status"] == "error" and written.has_failed(record["path"])
-            if not is_error and not written.has_record(record):
+            if not written.has_record(record):
                 yield record
 
     def _schema(self) -> Any:
@@ -144,10 +127,10 @@ class ParquetFile:
         return pa.record_batch(arrays, schema=schema)
 
     def _stored_records(self) -> Iterator[Record]:
-        if not self.path.exists():
+        if not self.table.exists():
             return
         try:
-            with self._parquet.ParquetFile(self.path) as file:
+            with self._parquet.ParquetFile(self.table) as file:
                 self._columns = self._columns or columns_in(file.schema_arrow.names)
                 for batch in file.iter_batches(ROW_GROUP_ROWS):
                     for row in batch.to_pylist():
@@ -157,7 +140,7 @@ class ParquetFile:
                         ]
                         yield nested_record(values, self._columns)
         except ValueError as error:  # pyarrow's ArrowInvalid among them
-            raise ValueError(f"{self.path}: no Parquet file of chestct classify") from error
+            raise ValueError(f"{self.table}: no Parquet file of chestct classify") from error
 
 
 def journal_of(path: Path) -> Path:

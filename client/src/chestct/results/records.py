@@ -33,16 +33,11 @@ if TYPE_CHECKING:
     from chestct.inference.client import Predictions
 
 __all__ = [
-    "Aggregation",
-    "Failure",
-    "Field",
     "KeySlice",
-    "ModelName",
     "Probability",
     "Record",
     "SeriesResult",
     "SliceResult",
-    "Times",
     "error_line",
     "fields_of",
     "json_schema",

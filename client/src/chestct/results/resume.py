@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 from chestct.results.records import Record, SliceResult, plain_text
@@ -19,6 +20,7 @@ class ResumeIndex:
 
     Attributes:
         pending: Records of slices, by path, whose series had no record yet when the run ended.
+        retried: Paths whose error has a new record by now.
     """
 
     def __init__(self, *, retry_errors: bool = False) -> None:
@@ -28,6 +30,7 @@ class ResumeIndex:
             retry_errors: Whether slices that could not be classified count as not done.
         """
         self.pending: dict[str, SliceResult] = {}
+        self.retried: set[str] = set()
         self._retry_errors = retry_errors
         self._digests: set[bytes] = set()
         self._failed: set[bytes] = set()
@@ -47,13 +50,23 @@ class ResumeIndex:
         """Whether the series of a folder has its record."""
         return _series_digest(folder, number) in self._digests
 
-    def has_failed(self, path: str) -> bool:
-        """Whether the record of a slice is an error that is to be tried again."""
-        return _digest(path) in self._failed
-
     def has_record(self, record: Record) -> bool:
-        """Whether a record of the same slice or series was taken in."""
-        return _key(record) in self._digests
+        """Whether a record of the same slice or series was taken in, or this error of it."""
+        key = _key(record)
+        return key in self._digests or (record["status"] == "error" and key in self._failed)
+
+    def note_retry(self, path: str) -> None:
+        """Says that a slice has a new record; nothing happens unless the old one is an error."""
+        if _digest(path) in self._failed:
+            self.retried.add(path)
+
+    def without_retried(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Leaves out the first error of each of the paths in `retried`, and forgets them."""
+        for record in records:
+            if record["status"] == "error" and record["path"] in self.retried:
+                self.retried.remove(record["path"])
+            else:
+                yield record
 
     def take(self, record: Record) -> None:
         """Takes in one record, in the order of the run."""

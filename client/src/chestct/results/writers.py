@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["DecodedInput", "JsonLines", "Output", "RecordFile", "sync_folder", "without_retried"]
+__all__ = ["DecodedInput", "JsonLines", "Output", "RecordFile", "sync_folder"]
 
 LINE_START = b'{"path": '  # how `records.json_text` begins every record
 SYNC_PERIOD_S = 5.0  # a power cut costs at most the records of so long; they are made again
@@ -112,7 +112,6 @@ class RecordFile:
         """
         self.path = path
         self.finished = ResumeIndex() if finished is None else finished
-        self._retried: set[str] = set()
         is_device = path.exists() and not path.is_file()  # such as a pipe
         mode = "a" if resume or is_device else "x"
         self._file = io.FileIO(path, mode)
@@ -151,16 +150,14 @@ class RecordFile:
 
     def add(self, record: Record, item: DecodedInput) -> None:
         """Appends a line."""
-        if self.finished.has_failed(record["path"]):
-            self._retried.add(record["path"])
-        self.append(record)
+        self.finished.note_retry(record["path"])
+        self._append(record)
 
     def end_series(self, record: Record, items: Sequence[tuple[Record, DecodedInput]]) -> None:
         """Appends a line."""
-        self.append(record)
+        self._append(record)
 
-    def append(self, record: Record) -> None:
-        """Appends a line, whatever it is of."""
+    def _append(self, record: Record) -> None:
         self._write_all(self.encode(record))
         if time.monotonic() - self._synced_s > SYNC_PERIOD_S:
             self._sync()
@@ -176,12 +173,16 @@ class RecordFile:
                 yield record
 
     def close(self) -> None:
-        """Puts all on the disk, without the errors that were tried again."""
+        """Puts all on the disk."""
         if not self._file.closed:
             with self._file:
                 self._sync()
-                if self._retried:
-                    self._replace(without_retried(self.records(), self._retried))
+            self._finish()
+
+    def _finish(self) -> None:
+        """Leaves out the errors that were tried again."""
+        if self.finished.retried:
+            self._replace(self.finished.without_retried(self.records()))
 
     def _replace(self, records: Iterable[Record]) -> None:
         unfinished = self.path.with_name(self.path.name + ".tmp")
@@ -247,15 +248,6 @@ class RecordFile:
 
 class JsonLines(RecordFile):
     """One JSON object a line, ASCII."""
-
-
-def without_retried(records: Iterable[Record], retried: set[str]) -> Iterator[Record]:
-    """Leaves out the first error of each of the paths in `retried`, and removes them from it."""
-    for record in records:
-        if record["status"] == "error" and record["path"] in retried:
-            retried.remove(record["path"])
-        else:
-            yield record
 
 
 def sync_folder(folder: Path) -> None:

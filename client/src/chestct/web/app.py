@@ -36,7 +36,7 @@ from chestct.web.schemas import (
     error_responses,
 )
 from chestct.web.settings import WebSettings
-from chestct.web.uploads import Held, Upload, UploadError, read_uploads, too_large
+from chestct.web.uploads import InFlightBytes, Upload, UploadError, read_uploads, too_large
 
 __all__ = ["create_app"]
 
@@ -151,7 +151,7 @@ class _Service:
         self.link = ModelLink(settings)
         self.decoder = Decoder(settings)
         self.metrics = Metrics()
-        self.held = Held(settings.max_held_bytes)
+        self.held = InFlightBytes(settings.max_held_bytes)
 
     def model(self) -> Response:
         try:

@@ -1,4 +1,4 @@
-"""The options that say where the model is served, and the connections that they stand for."""
+"""Options that several commands share, and the connections that they stand for."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from chestct.contract import MODEL_NAME
 from chestct.inference.client import ScanClient, TLSOptions
 from chestct.inference.server_pool import Fleet
 
+Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
-def server_options() -> argparse.ArgumentParser:
-    """The options that all commands share which ask a server."""
-    server = argparse.ArgumentParser(add_help=False)
+
+def add_number(parser: Options, name: str, unit: str, default: float, text: str) -> None:
+    """Adds an option for a number; its help tells the default."""
+    help_ = f"{text} (%(default)g)"
+    parser.add_argument(name, type=float, metavar=unit, default=default, help=help_)
+
+
+def add_list(parser: Options, name: str, metavar: str, text: str) -> None:
+    """Adds an option that may be repeated."""
+    help_ = f"{text}; may be repeated"
+    parser.add_argument(name, action="append", default=[], metavar=metavar, help=help_)
+
+
+def add_server_options(server: argparse.ArgumentParser) -> None:
+    """The options of all commands that ask a server."""
+    default = default_urls().replace("%", "%%")
     server.add_argument(
         "--url",
         dest="urls",
         action="append",
         metavar="URL",
-        help=f"grpc://HOST:8001, grpcs://, http://HOST:8000 or https:// ({default_urls()}; "
+        help=f"grpc://HOST:8001, grpcs://, http://HOST:8000 or https:// ({default}; "
         "the variable CHESTCT_URL changes this default)",
     )
     server.add_argument("--model", default=MODEL_NAME, help="name of the model (%(default)s)")
-    server.add_argument(
-        "--timeout-s",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="deadline of one request (%(default)s)",
-    )
-    server.add_argument(
-        "--connect-timeout-s",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="how long to wait for the server (%(default)s)",
-    )
+    add_number(server, "--timeout-s", "S", 30.0, "deadline of one request")
+    add_number(server, "--connect-timeout-s", "S", 30.0, "how long to wait for the server")
     for name, text in (
         ("ca", "authorities to trust, a PEM file (those of the system)"),
         ("cert", "the client's own certificate, a PEM file (none)"),
         ("key", "key of that certificate, a PEM file (none)"),
     ):
         server.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=text)
-    return server
 
 
 def default_urls() -> str:
