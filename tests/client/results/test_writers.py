@@ -287,6 +287,13 @@ def test_errors_that_are_tried_again_give_way_to_the_new_record(path: Path) -> N
     assert outcomes(path) == expected
 
 
+def test_error_of_a_file_gives_way_to_the_records_of_its_frames(path: Path) -> None:
+    written(opened(path), error("run.dcm"), error("study.zip"), error("other.zip"))
+    names = ("run.dcm#1", "run.dcm#2", "study.zip!a.dcm")
+    written(opened(path, resume=True, retry_errors=True), *map(ok, names))
+    assert outcomes(path) == [("other.zip", "error"), *((name, "ok") for name in names)]
+
+
 def test_killed_while_errors_are_tried_again(path: Path) -> None:
     """The error stays beside the new record, and neither is lost nor made again."""
     written(opened(path), ok("a"), error("b"))

@@ -56,9 +56,13 @@ class ResumeIndex:
         return key in self._digests or (record["status"] == "error" and key in self._failed)
 
     def note_retry(self, path: str) -> None:
-        """Says that a slice has a new record; nothing happens unless the old one is an error."""
-        if _digest(path) in self._failed:
-            self.retried.add(path)
+        """Says that a slice has a new record; nothing happens unless the old one is an error.
+
+        The error may be that of its file, as long as nobody knew of frames, or of its archive.
+        """
+        if self._failed:
+            names = (path, _FRAME.sub("", path), folder_of(path))
+            self.retried.update(name for name in names if _digest(name) in self._failed)
 
     def without_retried(self, records: Iterable[Record]) -> Iterator[Record]:
         """Leaves out the first error of each of the paths in `retried`, and forgets them."""
