@@ -19,7 +19,7 @@ MODULES = sorted(
 )
 ALLOWED = {"PIL", "chestct", "grpc", "numpy", "pydicom", "tritonclient"}
 # Of the extras, for the functions that need them.
-EXTRAS = {"highdicom", "pyarrow", "pynetdicom", "ray", "uvicorn"}
+EXTRAS = {"highdicom", "pyarrow", "pynetdicom", "ray", "shtab", "uvicorn"}
 
 
 def module_name(path: Path) -> str:

@@ -21,6 +21,7 @@ from chestct.batch.pipeline import (
     new_workers,
     start_decoding,
 )
+from chestct.batch.selection import FLUSH, Flush
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import InferenceError, ServerUnavailableError
 from chestct.imaging.prepare import Slice, inspect_scans
@@ -280,14 +281,14 @@ def test_file_that_swells_in_memory_costs_one_record(
     assert "DICOM without a picture" in str(file.slice.scan)
 
 
-def test_pause_sends_what_there_is(client: ScanClient, scan_folder: Path) -> None:
+def test_flush_sends_what_there_is(client: ScanClient, scan_folder: Path) -> None:
     drawn: list[int] = []
 
-    def coming() -> Iterator[Source | None]:
+    def coming() -> Iterator[Source | Flush]:
         for index in range(3):
             drawn.append(index)
             yield Source(scan_folder / f"{index} (1).png")
-            yield None
+            yield FLUSH
 
     with new_workers(1) as workers, Fleet.like(client) as fleet:
         classified = classify_sources(fleet, coming(), workers, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -205,6 +207,26 @@ def test_resume_needs_an_output(good_folder: Path, capsys: pytest.CaptureFixture
     assert "--resume needs --output" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_errors_are_tried_again_when_asked_for(
+    grpc_peer: Any, scan_folder: Path, tmp_path: Path, suffix: str, chest_slice: Any
+) -> None:
+    output = tmp_path / f"out.{suffix}"
+    arguments = (scan_folder, "--url", grpc_peer.url, "--output", output)
+    assert classify(*arguments) == 1
+    Image.fromarray(chest_slice(100)).save(scan_folder / "2 torn.png")
+    before = output.read_bytes()
+    assert classify(*arguments, "--resume") == 0  # errors are done
+    assert output.read_bytes() == before
+    assert classify(*arguments, "--resume", "--retry-errors") == 1  # "2 text.png" is no picture yet
+    text = output.read_text()
+    assert text.count("2 torn.png") == 1
+    assert text.count("2 text.png") == 2  # its path and its message
+    assert text.count("ScanDecodeError") == 1
+    assert num_rows(output) == 7
+    assert classify(*arguments, "--retry-errors") == 2
+
+
 def test_fail_fast_stops_at_the_first_bad_scan(
     grpc_peer: Any, scan_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +316,81 @@ def test_health(peer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert answered is not None
     assert answered[1] == NOT_A_MEDICAL_DEVICE
     assert captured.err == ""
+
+
+def test_health_as_json(peer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["health", "--json", "--url", peer.url]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.pop("latency_ms") > 0
+    assert answer == {
+        "model": "chestct", "version": "1", "run": "run-7", "notice": NOT_A_MEDICAL_DEVICE,
+    }  # fmt: skip
+
+
+def test_start_of_the_node_as_json(grpc_peer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pynetdicom")
+    arguments = ["listen", "--queue", str(tmp_path), "--send-to", "PACS@127.0.0.1:104"]
+    arguments += ["--port", "0", "--json", "--url", grpc_peer.url]
+    with subprocess.Popen(
+        [*COMMAND[:1], "-m", "chestct.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.pop("port") > 0
+    assert said == {"ae_title": "CHESTCT", "host": "127.0.0.1", "notice": NOT_A_MEDICAL_DEVICE}
+
+
+def test_schema_is_that_of_the_records(
+    peer: Any, scan_folder: Path, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["schema"]) == 0
+    schema = jsonschema.Draft202012Validator(json.loads(capsys.readouterr().out))
+    assert classify(scan_folder, study, "--url", peer.url, "--json", "--with-uids") == 1
+    lines = records_of(capsys.readouterr().out)
+    assert {"ok", "error"} == {line["status"] for line in lines}
+    assert any("num_slices" in line for line in lines)
+    for line in lines:
+        schema.validate(line)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_completes_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--print-completion", "bash"])
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "scan.png").touch()
+
+    def completed(*words: str) -> list[str]:
+        program = (
+            f"source {script}; COMP_WORDS=({' '.join(repr(word) for word in words)}); "
+            f"COMP_CWORD={len(words) - 1}; _shtab_chestct; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        done = subprocess.run(
+            ["bash", "-c", program], capture_output=True, text=True, timeout=30, cwd=tmp_path,
+            check=True,
+        )  # fmt: skip
+        return done.stdout.split()
+
+    assert completed("chestct", "cl") == ["classify"]
+    assert completed("chestct", "classify", "--retry") == ["--retry-errors"]
+    assert completed("chestct", "classify", "sc") == ["scan.png"]
+
+
+def test_completion_without_shtab_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--print-completion", "bash"])
+    assert 'pip install "chestct[completion]"' in capsys.readouterr().err
 
 
 def test_no_server(
@@ -507,7 +604,8 @@ def test_every_cut_of_a_run_is_resumed(
     grpc_peer: Any, study: Path, tmp_path: Path, suffix: str
 ) -> None:
     """Each slice and each series once, wherever the first run was cut off."""
-    from chestct.results.writers import Item, format_of, open_records
+    from chestct.results.formats import format_of, open_records
+    from chestct.results.writers import DecodedInput
 
     whole, output = tmp_path / "whole.jsonl", tmp_path / f"out.{suffix}"
     arguments = (study, "--url", grpc_peer.url, "--json")
@@ -519,7 +617,7 @@ def test_every_cut_of_a_run_is_resumed(
         opened = open_records(output, format_of(output))
         opened.start(chestct_labels())
         for record in records[:count]:
-            opened.add(record, Item(None))
+            opened.add(record, DecodedInput(None))
         opened.close()
         assert classify(*arguments, "--output", output, "--resume") == 0
         again = open_records(output, format_of(output), resume=True)

@@ -32,7 +32,14 @@ from chestct.errors import (
     ServerUnavailableError,
 )
 from chestct.inference import client as client_module
-from chestct.inference.client import AsyncScanClient, Health, Predictions, ScanClient, TLSOptions
+from chestct.inference.client import (
+    AsyncScanClient,
+    Health,
+    Predictions,
+    ScanClient,
+    TLSOptions,
+    _parse_url,
+)
 from tests.support.waiting import until
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -460,7 +467,6 @@ def test_memory_that_cannot_be_made(
         "127.0.0.1:8001",
         "localhost:8001",
         "ftp://host:1",
-        "grpc://host",
         "grpc://:8001",
         "grpc://host:8001/path",
         "grpc://host:many",
@@ -472,6 +478,20 @@ def test_memory_that_cannot_be_made(
 def test_address_of_another_form(url: str) -> None:
     with pytest.raises(ValueError, match="expected grpc://HOST:8001"):
         ScanClient(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("grpc://host", "host:8001"),
+        ("grpcs://[::1]", "[::1]:8001"),
+        ("http://host", "host:8000"),
+        ("https://host:443/triton/", "host:443/triton"),
+        ("grpc://host:0", "host:0"),
+    ],
+)
+def test_missing_port_is_that_of_triton(url: str, address: str) -> None:
+    assert _parse_url(url)[2] == address
 
 
 @pytest.mark.parametrize(

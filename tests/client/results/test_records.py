@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, is_typeddict
 
+import jsonschema
 import numpy as np
 import pytest
 
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts
-from chestct.errors import ScanDecodeError
+from chestct.errors import OutOfDomainError, ScanDecodeError
+from chestct.imaging.metadata import SliceMetadata
 from chestct.inference.client import Predictions
-from chestct.results.records import error_line, json_text, result_line
+from chestct.results.columns import columns_of
+from chestct.results.records import (
+    SeriesResult,
+    SliceResult,
+    error_line,
+    fields_of,
+    json_text,
+    record_schema,
+    result_line,
+)
+from chestct.results.series import SeriesSlice, series_record
+
+README = Path(__file__).resolve().parents[3] / "client" / "README.md"
 
 
 @pytest.fixture
@@ -90,3 +106,68 @@ def test_json_text_is_one_line_whatever_the_path() -> None:
     assert text.count("\n") == 1
     assert text.endswith("\n")
     assert json.loads(text)["path"] == path
+
+
+def every_kind_of_record(predictions: Predictions) -> Iterator[dict[str, Any]]:
+    for index in (0, 1):
+        yield result_line("a.dcm", predictions, index, decode_ms=1, infer_ms=2)
+    yield error_line("a", ScanDecodeError("a: broken"))
+    yield error_line("a", OutOfDomainError("a: a scout", "localizer"))
+    facts = SliceMetadata(series_uid="1.2", study_uid="1", position_mm=3.0, kernel="B")
+    chest = [
+        SeriesSlice(f"f/{index}", {"cancer": 0.2, "normal": 0.8}, True, facts) for index in range(3)
+    ]
+    yield series_record(chest, num_failed=2, with_uids=True) | {"series": 1}
+    yield series_record([SeriesSlice("a", {"x": 1.0}, True, SliceMetadata())])
+    yield series_record([SeriesSlice("a", {"x": 1.0}, False, SliceMetadata())])
+
+
+def test_every_record_fits_the_schema(predictions: Predictions) -> None:
+    schema = jsonschema.Draft202012Validator(record_schema())
+    records = list(every_kind_of_record(predictions))
+    for record in records:
+        schema.validate(json.loads(json_text(record)))
+        for key in ("notice", "status"):
+            assert not schema.is_valid({name: record[name] for name in record if name != key})
+    assert not schema.is_valid(records[0] | {"patient": "Doe"})
+    assert not schema.is_valid(records[0] | {"status": "error"})
+    assert not schema.is_valid(records[0] | {"probabilities": {"cancer": 1.1}})
+    assert not schema.is_valid(records[2] | {"label": "cancer"})
+
+
+def test_fields_come_in_the_order_of_their_declaration(predictions: Predictions) -> None:
+    for record in every_kind_of_record(predictions):
+        names = list(json.loads(json_text(dict(reversed(record.items())))))
+        assert names == list(json.loads(json_text(record)))
+        assert (names[0], names[-1]) == ("path", "notice")
+
+
+def test_columns_stay_those_of_tables_that_are_continued() -> None:
+    assert [(column.name, column.kind) for column in columns_of(["x", "y.z"])] == [
+        ("path", "text"), ("status", "text"), ("label", "text"), ("probabilities.x", "number"),
+        ("probabilities.y.z", "number"), ("in_domain", "truth"), ("reasons", "texts"),
+        ("domain_distance", "number"), ("model.name", "text"), ("model.version", "text"),
+        ("model.run", "text"), ("ms.decode", "number"), ("ms.infer", "number"),
+        ("error.type", "text"), ("error.kind", "text"), ("error.message", "text"),
+        ("series", "count"), ("study_uid", "text"), ("series_uid", "text"), ("sop_uid", "text"),
+        ("num_slices", "count"), ("num_out_of_domain", "count"), ("num_failed", "count"),
+        ("aggregation.rule", "text"), ("aggregation.num_slices", "count"), ("slice.path", "text"),
+        ("slice.position_mm", "number"), ("slice.evidence", "number"), ("kernel", "text"),
+        ("gaps_mm", "json"), ("warnings", "texts"), ("notice", "text"),
+    ]  # fmt: skip
+
+
+def table_of(record: Any, prefix: str = "", when: str = "") -> Iterator[str]:
+    """Rows of a table in Markdown: field, when it is there, meaning."""
+    for field in fields_of(record):
+        there = field.when or (when or "always" if field.is_required else "sometimes")
+        if not is_typeddict(field.hint):
+            yield f"| `{prefix}{field.name}` | {there} | {field.meaning} |"
+        else:
+            yield from table_of(field.hint, f"{field.name}.", there)
+
+
+@pytest.mark.parametrize("record", [SliceResult, SeriesResult])
+def test_readme_holds_the_table_of_all_fields(record: Any) -> None:
+    table = "\n".join(["| field | there | meaning |", "| --- | --- | --- |", *table_of(record)])
+    assert f"\n{table}\n\n" in README.read_text(), f"expected in {README}:\n{table}"

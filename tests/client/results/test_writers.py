@@ -15,21 +15,15 @@ import pytest
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.errors import ScanDecodeError
 from chestct.inference.client import Predictions
+from chestct.results.csv_file import CsvFile
+from chestct.results.formats import format_of, open_records
+from chestct.results.parquet import ParquetFile
 from chestct.results.records import error_line, json_text, result_line
-from chestct.results.writers import (
-    CsvFile,
-    Finished,
-    Item,
-    JsonLines,
-    ParquetFile,
-    RecordFile,
-    folder_of,
-    format_of,
-    open_records,
-)
+from chestct.results.resume import ResumeIndex, folder_of
+from chestct.results.writers import DecodedInput, JsonLines, RecordFile
 
 LABELS = ("large.cell", "normal")
-NOTHING = Item(None)
+NOTHING = DecodedInput(None)
 
 
 def ok(path: str, *reasons: str) -> dict[str, Any]:
@@ -90,11 +84,11 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / request.param
 
 
-def opened(path: Path, *, resume: bool = False) -> Any:
-    return open_records(path, format_of(path), resume=resume)
+def opened(path: Path, *, resume: bool = False, retry_errors: bool = False) -> Any:
+    return open_records(path, format_of(path), resume=resume, retry_errors=retry_errors)
 
 
-def finished_in(path: Path) -> Finished:
+def finished_in(path: Path) -> ResumeIndex:
     output = opened(path, resume=True)
     output.close()
     return output.finished
@@ -224,7 +218,7 @@ def test_csv_record_reads_back(tmp_path: Path) -> None:
 
 def test_parquet_has_bounded_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("chestct.results.writers.ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr("chestct.results.parquet.ROW_GROUP_ROWS", 4)
     path = tmp_path / "out.parquet"
     written(ParquetFile(path), *(ok(str(index)) for index in range(10)))
     metadata = pq.ParquetFile(path).metadata
@@ -275,6 +269,47 @@ def test_slices_whose_series_has_no_record_are_pending(path: Path) -> None:
         True,
         True,
     ]
+
+
+def outcomes(path: Path) -> list[tuple[str, str]]:
+    return [(row["path"], row["status"]) for row in read_back(path)]
+
+
+def test_errors_that_are_tried_again_give_way_to_the_new_record(path: Path) -> None:
+    written(opened(path), ok("a"), error("b"), error("c"), error("d"))
+    again = opened(path, resume=True, retry_errors=True)
+    assert [name in again.finished for name in "abcd"] == [True, False, False, False]
+    written(again, ok("b"), error("c"), ok("e"))  # and "d" was not among the scans of this run
+    expected = [("a", "ok"), ("d", "error"), ("b", "ok"), ("c", "error"), ("e", "ok")]
+    assert outcomes(path) == expected
+    assert sorted(os.listdir(path.parent)) == [path.name]
+    assert len(finished_in(path)) == 5
+    assert outcomes(path) == expected
+
+
+def test_error_of_a_file_gives_way_to_the_records_of_its_frames(path: Path) -> None:
+    written(opened(path), error("run.dcm"), error("study.zip"), error("other.zip"))
+    names = ("run.dcm#1", "run.dcm#2", "study.zip!a.dcm")
+    written(opened(path, resume=True, retry_errors=True), *map(ok, names))
+    assert outcomes(path) == [("other.zip", "error"), *((name, "ok") for name in names)]
+
+
+def test_killed_while_errors_are_tried_again(path: Path) -> None:
+    """The error stays beside the new record, and neither is lost nor made again."""
+    written(opened(path), ok("a"), error("b"))
+    killed = opened(path, resume=True, retry_errors=True)
+    killed.start(LABELS)
+    killed.add(ok("b"), NOTHING)
+    kept = {file: file.read_bytes() for file in path.parent.iterdir()}
+    killed.close()
+    for file in path.parent.iterdir():
+        file.unlink()
+    for file, content in kept.items():
+        file.write_bytes(content)
+    after = opened(path, resume=True)
+    assert "b" in after.finished
+    written(after, ok("c"))
+    assert outcomes(path) == [("a", "ok"), ("b", "error"), ("b", "ok"), ("c", "ok")]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,7 +84,22 @@ def test_answers_are_those_of_the_command_line(page, small_triton, files):
     kinds = [line["error"]["type"] for line in lines[2:]]
     assert kinds == ["ScanDecodeError", "ScanDecodeError", "OutOfDomainError"]
     assert "the plane is coronal" in lines[4]["error"]["message"]
+    assert [line["error"].get("kind") for line in lines[2:]] == [None, None, "coronal"]
     assert {line["notice"] for line in lines} == {NOT_A_MEDICAL_DEVICE}
+
+
+def test_records_fit_the_schema_of_the_api(page, files):
+    import jsonschema
+
+    api = json.loads(ask(page, "GET", "/openapi.json")[2])
+    answer = api["paths"]["/api/classify"]["post"]["responses"]["200"]["content"]
+    schema = jsonschema.Draft202012Validator(answer["application/json"]["schema"])
+    named = [(name, path.read_bytes()) for name, path in files.items()]
+    for query in ("", "?images=64"):
+        results = classify(page, *named, query=query)
+        schema.validate({"results": results})
+        assert any("view" in line for line in results) == bool(query)
+    assert not schema.is_valid({"results": [results[0] | {"patient": "Doe"}]})
 
 
 def test_lines_come_as_lines_when_asked_for(page, files):
@@ -439,13 +456,23 @@ def test_openapi_description_holds_under_schemathesis(page):
 
 
 def test_missing_extra_is_told_with_its_pip_line(monkeypatch, capsys):
-    import sys
-
     from chestct.cli.__main__ import main
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["web"]) == 2
     assert 'pip install "chestct[web]"' in capsys.readouterr().err
+
+
+def test_address_as_json(closed_port_url):
+    command = [sys.executable, "-m", "chestct.cli", "web", "--port", "0", "--url", closed_port_url]
+    with subprocess.Popen(
+        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said = json.loads(process.stdout.readline())
+        assert said["url"] in process.stderr.readline()
+        process.terminate()
+        process.communicate(timeout=60)
+    assert said == {"url": said["url"], "notice": NOT_A_MEDICAL_DEVICE}
 
 
 def test_wrong_settings_are_wrong_usage(capsys, tmp_path):

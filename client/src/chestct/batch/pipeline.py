@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from chestct.batch.selection import FLUSH, Flush
 from chestct.batch.workers import CallTimeoutError, WorkerCrashedError, Workers
 from chestct.contract import Window
 from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
@@ -24,8 +26,9 @@ from chestct.imaging.prepare import Scan, Slice, inspect_scans
 from chestct.imaging.sources import Source
 from chestct.inference.client import Predictions, ScanClient
 from chestct.inference.server_pool import Fleet
-from chestct.results.records import error_line, result_line
-from chestct.results.writers import Finished, Item, Record
+from chestct.results.records import SliceResult, error_line, result_line
+from chestct.results.resume import ResumeIndex
+from chestct.results.writers import DecodedInput
 
 __all__ = [
     "DECODE_LIMIT_S",
@@ -63,7 +66,7 @@ class DecodedFile:
     source: Source
     slice: Slice
     decode_ms: float
-    record: Record | None = None
+    record: SliceResult | None = None
 
     @property
     def is_to_be_sent(self) -> bool:
@@ -72,7 +75,7 @@ class DecodedFile:
 
 
 @dataclass
-class _Group:
+class _Batch:
     """Files in their order, and the one request that holds the scans among them."""
 
     files: list[DecodedFile] = field(default_factory=list)
@@ -101,7 +104,7 @@ class _Group:
 
 def classify_paths(
     client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int | None = None
-) -> Iterator[Record]:
+) -> Iterator[SliceResult]:
     """One record for each scan file, in the order of `paths`.
 
     A file that cannot be decoded, or is no axial CT slice by its DICOM tags, becomes a record of
@@ -156,13 +159,13 @@ def new_workers(
 
 def classify_sources(
     fleet: Fleet,
-    sources: Iterable[Source | None],
+    sources: Iterable[Source | Flush],
     workers: Workers,
     batch_size: int = 8,
     *,
     with_map: bool = False,
-    finished: Finished | None = None,
-) -> Iterator[tuple[Record, Item]]:
+    finished: ResumeIndex | None = None,
+) -> Iterator[tuple[SliceResult, DecodedInput]]:
     """Record and origin of each scan, in the order of `sources`.
 
     Held at once are: files that are being decoded or wait for their turn, four times as many as
@@ -172,11 +175,11 @@ def classify_sources(
 
     Args:
         fleet: Connected servers.
-        sources: Scans; drawn from as needed, so it may be endless. A None among them says that
+        sources: Scans; drawn from as needed, so it may be endless. `FLUSH` among them says that
             the next may be long in coming: all before it is finished first.
         workers: Pool that decodes.
         batch_size: How many scans go into one request.
-        with_map: Whether items hold the activation map.
+        with_map: Whether inputs hold the activation map.
         finished: What an earlier run has written: it is passed over, but for slices whose series
             has no record yet. These are decoded and yielded with their old record.
 
@@ -190,49 +193,54 @@ def classify_sources(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     batch_size = min(batch_size, fleet.max_batch_size)
+    known = ResumeIndex() if finished is None else finished
+    new = (each for each in sources if isinstance(each, Flush) or not known.is_complete(each.name))
     most_ahead = 4 * (workers.num_workers + batch_size)
-    known = Finished() if finished is None else finished
-    coming = iter(sources)
+    files = _decoded_ahead(new, fleet.facts.window, workers, known, most_ahead)
+    return _answered_in_order(files, fleet, batch_size, with_map)
+
+
+def _decoded_ahead(
+    sources: Iterable[Source | Flush],
+    window: Window,
+    workers: Workers,
+    known: ResumeIndex,
+    most_ahead: int,
+) -> Iterator[DecodedFile | Flush]:
+    """Slices in the order of their files, decoded while earlier ones are used; ends by `FLUSH`."""
     ahead: deque[tuple[Source, Future[_Decoded]]] = deque()
-    decoded: deque[DecodedFile] = deque()
-    sent: deque[_Group] = deque()
-    group = _Group()
-    is_paused = is_ended = False
-    while True:
-        while len(ahead) < most_ahead and not (is_paused or is_ended):
-            try:
-                source = next(coming)
-            except StopIteration:
-                is_ended = True
-            else:
-                is_paused = source is None
-                if source is not None and not _is_done(source, known):
-                    decoding = start_decoding(source, fleet.facts.window, workers)
-                    ahead.append((source, decoding))
-        while sent and not sent[0].is_under_way():
-            yield from _finished(sent.popleft())
-        most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
-        num_under_way = sum(each.is_under_way() for each in sent)
-        has_room = num_under_way < most_sent and len(sent) < 4 * most_sent
-        if has_room and ahead and not decoded:
-            decoded.extend(decoded_files(*ahead.popleft(), known))
-        while has_room and decoded and not group.is_full(batch_size):
-            group.add(decoded.popleft())
-        is_last = bool(group.files) and not (ahead or decoded)
-        if has_room and (group.is_full(batch_size) or is_last):
-            group.send(fleet, with_map)
-            sent.append(group)
-            group = _Group()
-        elif sent and not (has_room and ahead):
-            yield from _finished(sent.popleft())
-        elif not (ahead or decoded or group.files):
-            if is_ended:
-                return
-            is_paused = False
+    for source in chain(sources, [FLUSH]):
+        if not isinstance(source, Flush):
+            ahead.append((source, start_decoding(source, window, workers)))
+        while len(ahead) >= most_ahead or (ahead and source is FLUSH):
+            yield from decoded_files(*ahead.popleft(), known)
+        if source is FLUSH:
+            yield FLUSH
 
 
-def _is_done(source: Source, known: Finished) -> bool:
-    return source.name in known and source.name not in known.pending
+def _answered_in_order(
+    files: Iterable[DecodedFile | Flush], fleet: Fleet, batch_size: int, with_map: bool
+) -> Iterator[tuple[SliceResult, DecodedInput]]:
+    """Records in the order of the slices, which go to the servers in batches side by side."""
+    batch = _Batch()
+    sent: deque[_Batch] = deque()
+    for file in files:
+        if not isinstance(file, Flush):
+            batch.add(file)
+        if batch.is_full(batch_size) or (batch.files and file is FLUSH):
+            while not _has_room(sent, fleet):
+                yield from _finished(sent.popleft())
+            batch.send(fleet, with_map)
+            sent.append(batch)
+            batch = _Batch()
+        while sent and (file is FLUSH or not sent[0].is_under_way()):
+            yield from _finished(sent.popleft())
+
+
+def _has_room(sent: Collection[_Batch], fleet: Fleet) -> bool:
+    most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
+    num_under_way = sum(batch.is_under_way() for batch in sent)
+    return num_under_way < most_sent and len(sent) < 4 * most_sent
 
 
 def start_decoding(source: Source, window: Window, workers: Workers) -> Future[_Decoded]:
@@ -258,7 +266,7 @@ def decode_source(source: Source, window: Window) -> _Decoded:
 
 
 def decoded_files(
-    source: Source, decoding: Future[_Decoded], known: Finished | None = None
+    source: Source, decoding: Future[_Decoded], known: ResumeIndex | None = None
 ) -> list[DecodedFile]:
     """What came of decoding a file, a crash or a lapse of time among it.
 
@@ -289,32 +297,32 @@ def decoded_files(
 
 def answered_files(
     fleet: Fleet, files: list[DecodedFile], with_map: bool
-) -> list[tuple[Record, Item]]:
+) -> list[tuple[SliceResult, DecodedInput]]:
     """Record and origin of each of some files, by one request.
 
     Raises:
         ServerError: The servers failed.
     """
-    group = _Group(files, sum(file.is_to_be_sent for file in files))
-    group.send(fleet, with_map)
-    return list(_finished(group))
+    batch = _Batch(files, sum(file.is_to_be_sent for file in files))
+    batch.send(fleet, with_map)
+    return list(_finished(batch))
 
 
-def _finished(group: _Group) -> Iterator[tuple[Record, Item]]:
-    """Records and items of a group; without those of its scans when the servers failed."""
+def _finished(batch: _Batch) -> Iterator[tuple[SliceResult, DecodedInput]]:
+    """Records and items of a batch; without those of its scans when the servers failed."""
     failure: ServerError | None = None
-    if group.answer is not None:
+    if batch.answer is not None:
         try:
-            predictions, infer_ms = group.answer.result()
+            predictions, infer_ms = batch.answer.result()
         except ServerError as error:
             failure = error
     index = 0
-    for file in group.files:
+    for file in batch.files:
         name, scan = file.slice.name, file.slice.scan
         if isinstance(scan, ScanDecodeError):
-            yield error_line(name, scan), Item(file.source)
+            yield error_line(name, scan), DecodedInput(file.source)
         elif file.record is not None:
-            yield file.record, Item(file.source, scan.pixels, None, scan)
+            yield file.record, DecodedInput(file.source, scan.pixels, None, scan)
         elif failure is None:
             maps = predictions.activation_map
             record = result_line(
@@ -322,12 +330,12 @@ def _finished(group: _Group) -> Iterator[tuple[Record, Item]]:
                 predictions,
                 index,
                 decode_ms=file.decode_ms,
-                infer_ms=infer_ms / group.num_scans,
+                infer_ms=infer_ms / batch.num_scans,
                 reasons=scan.reasons,
             )
             yield (
                 record,
-                Item(file.source, scan.pixels, None if maps is None else maps[index], scan),
+                DecodedInput(file.source, scan.pixels, None if maps is None else maps[index], scan),
             )
             index += 1
     if failure is not None:

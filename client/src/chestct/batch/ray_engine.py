@@ -24,13 +24,16 @@ from chestct.batch.pipeline import (
     new_workers,
     start_decoding,
 )
+from chestct.batch.selection import Flush
 from chestct.contract import Window
 from chestct.errors import ServerError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.sources import Source
 from chestct.inference.client import TLSOptions
 from chestct.inference.server_pool import Fleet
-from chestct.results.writers import Finished, Item, Record
+from chestct.results.records import SliceResult
+from chestct.results.resume import ResumeIndex
+from chestct.results.writers import DecodedInput
 
 __all__ = ["RayCluster", "RayOptions"]
 
@@ -106,11 +109,11 @@ class RayCluster:
     def classify(
         self,
         fleet: Fleet,
-        sources: Iterable[Source | None],
+        sources: Iterable[Source | Flush],
         *,
         with_map: bool = False,
-        finished: Finished | None = None,
-    ) -> Iterator[tuple[Record, Item]]:
+        finished: ResumeIndex | None = None,
+    ) -> Iterator[tuple[SliceResult, DecodedInput]]:
         """Record and origin of each scan, in the order of `sources`: see `classify_sources`.
 
         A file that crashes its decoder is a record of that; the work of a process or machine that
@@ -125,12 +128,12 @@ class RayCluster:
         Raises:
             ServerError: Servers or cluster failed; what was finished before has been yielded.
         """
-        known = Finished() if finished is None else finished
+        known = ResumeIndex() if finished is None else finished
         servers = _Servers(
             fleet.urls, fleet.model, fleet.timeout_s, fleet.connect_timeout_s, fleet.tls,
             fleet.patience_s,
         )  # fmt: skip
-        coming = (source for source in sources if source is not None)
+        coming = (source for source in sources if isinstance(source, Source))
         try:
             while some := list(islice(coming, SOURCES_AT_ONCE)):
                 for record, item in self._results(some, servers, fleet.facts.window, with_map):
@@ -145,7 +148,7 @@ class RayCluster:
 
     def _results(
         self, sources: list[Source], servers: _Servers, window: Window, with_map: bool
-    ) -> Iterator[tuple[Record, Item]]:
+    ) -> Iterator[tuple[SliceResult, DecodedInput]]:
         options, data = self._options, self._ray.data
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -233,6 +236,6 @@ class _Sender:
         return {"result": [pickle.dumps(result) for result in results]}
 
 
-def _without_pixels(item: Item) -> Item:
+def _without_pixels(item: DecodedInput) -> DecodedInput:
     scan = item.scan and replace(item.scan, pixels=item.scan.pixels[:0])
-    return Item(item.source, None, None, scan)
+    return DecodedInput(item.source, None, None, scan)

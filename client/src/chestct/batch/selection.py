@@ -1,4 +1,4 @@
-"""Which scans a run is about: under some paths, in a list, chosen by name, or yet to come."""
+"""Find the scans of a run: under paths, in a list, filtered by name, or in watched folders."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
 from chestct.errors import ScanDecodeError
 from chestct.imaging.sources import Source, list_sources
-from chestct.results.writers import Finished, folder_of
+from chestct.results.resume import ResumeIndex, folder_of
 
-__all__ = ["Choice", "find_sources", "listed_paths", "watch_sources"]
+__all__ = ["FLUSH", "Flush", "PathFilter", "find_sources", "listed_paths", "watch_sources"]
 
+
+class Flush(Enum):
+    """A mark in a stream of sources: finish all before it, the next may be long in coming."""
+
+    FLUSH = "flush"
+
+
+FLUSH = Flush.FLUSH
 LIST_PART = 0.1  # of the time that watching may spend on listing
 
 
 @dataclass(frozen=True)
-class Choice:
+class PathFilter:
     """Patterns of names, as shells have them, for the whole path or its last part.
 
     Attributes:
@@ -48,26 +57,26 @@ def listed_paths(lines: Iterable[str]) -> Iterator[Path]:
             yield Path(text)
 
 
-def find_sources(roots: Iterable[Path], choice: Choice) -> Iterator[Source]:
+def find_sources(roots: Iterable[Path], chosen: PathFilter) -> Iterator[Source]:
     """The chosen scans under some files and folders, in the order of `list_sources`.
 
     One that is not there is yielded itself, so that reading it tells why.
     """
     for root in roots:
         try:
-            yield from filter(choice.takes, list_sources(root))
+            yield from filter(chosen.takes, list_sources(root))
         except ScanDecodeError:
             yield Source(root)
 
 
 def watch_sources(
     roots: Sequence[Path],
-    choice: Choice,
+    chosen: PathFilter,
     settle_s: float,
     *,
     sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Source | None]:
-    """Scans as they come, for ever: each once, when it and its folder have come to rest.
+) -> Iterator[Source | Flush]:
+    """Watch folders; yield each file once its folder has stopped changing.
 
     A folder or archive is yielded as a whole when none of its new files has changed its size or
     time for `settle_s`, so that a series is complete. What comes into it later is yielded later.
@@ -75,19 +84,19 @@ def watch_sources(
 
     Args:
         roots: Files and folders; they may appear later.
-        choice: Which scans to take.
+        chosen: Which scans to take.
         settle_s: How long a folder has to be left alone.
         sleep: How to wait.
 
     Yields:
-        Scans, and None where nothing is to be had for now.
+        Scans, and `FLUSH` where nothing is to be had for now.
     """
-    done = Finished()
+    done = ResumeIndex()
     waiting: dict[str, tuple[int, int]] = {}  # size and time of change when last looked at
     while True:
         started_s = time.monotonic()
         folders: dict[str, list[tuple[Source, bool]]] = {}
-        for source in find_sources([root for root in roots if root.exists()], choice):
+        for source in find_sources([root for root in roots if root.exists()], chosen):
             name = source.name
             if name in done:
                 continue
@@ -104,7 +113,7 @@ def watch_sources(
                     done.take({"path": source.name})
                     del waiting[source.name]
                     yield source
-        yield None
+        yield FLUSH
         # Listing a large archive of files takes long; most of the time is left to others.
         sleep(max(settle_s, (time.monotonic() - started_s) * LIST_PART))
 

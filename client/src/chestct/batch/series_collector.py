@@ -1,4 +1,4 @@
-"""Slices come one by one; a series is summed up when its folder or archive is left behind."""
+"""Group streamed slices into series; emit a series when its folder or archive is complete."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from chestct.results.records import SeriesResult, SliceResult
+from chestct.results.resume import ResumeIndex, folder_of
 from chestct.results.series import SeriesSlice, series_record
-from chestct.results.writers import Finished, Item, Record, folder_of
+from chestct.results.writers import DecodedInput
 
-__all__ = ["SeriesGatherer"]
+__all__ = ["SeriesCollector"]
 
 
 @dataclass
@@ -18,11 +20,11 @@ class _Folder:
 
     numbers: dict[str, int] = field(default_factory=dict)  # of each series, by its UID
     slices: dict[str, list[SeriesSlice]] = field(default_factory=dict)
-    items: dict[str, list[tuple[Record, Item]]] = field(default_factory=dict)
+    items: dict[str, list[tuple[SliceResult, DecodedInput]]] = field(default_factory=dict)
     num_failed: int = 0
 
 
-class SeriesGatherer:
+class SeriesCollector:
     """Collects the slices of the folders that are being walked through.
 
     Held are a few hundred bytes for each slice of the folder at hand and of those above it, and
@@ -30,7 +32,7 @@ class SeriesGatherer:
     archive, in the order of their first slices: the number tells them apart without their UIDs.
     """
 
-    def __init__(self, finished: Finished, *, with_uids: bool, keeps_items: bool) -> None:
+    def __init__(self, finished: ResumeIndex, *, with_uids: bool, keeps_items: bool) -> None:
         """Starts empty.
 
         Args:
@@ -43,7 +45,7 @@ class SeriesGatherer:
         self._keeps_items = keeps_items
         self._open: dict[str, _Folder] = {}
 
-    def add(self, record: Record, item: Item) -> Record:
+    def add(self, record: SliceResult, item: DecodedInput) -> SliceResult:
         """The record with the number of its series, and its UIDs if those are asked for.
 
         Args:
@@ -66,18 +68,18 @@ class SeriesGatherer:
             ):
                 number += 1
         folder.numbers[uid] = number
-        uids = {}
+        record = {**record, "series": number}
         if self._with_uids:
-            uids = {"study_uid": facts.study_uid, "series_uid": uid, "sop_uid": facts.sop_uid}
-        notice = {"notice": record["notice"]}  # it stands last
-        rest = {key: value for key, value in record.items() if key not in notice}
-        record = {**rest, "series": number, **uids, **notice}
+            record["study_uid"], record["series_uid"] = facts.study_uid, uid
+            record["sop_uid"] = facts.sop_uid
         folder.slices.setdefault(uid, []).append(SeriesSlice.from_record(record, facts))
         if self._keeps_items:
             folder.items.setdefault(uid, []).append((record, item))
         return record
 
-    def left(self, path: str | None) -> Iterator[tuple[Record, Sequence[tuple[Record, Item]]]]:
+    def left(
+        self, path: str | None
+    ) -> Iterator[tuple[SeriesResult, Sequence[tuple[SliceResult, DecodedInput]]]]:
         """Record and items of each series of the folders that do not hold a path.
 
         Args:
@@ -93,8 +95,7 @@ class SeriesGatherer:
                     continue
                 num_failed = folder.num_failed if is_only else 0
                 record = series_record(slices, num_failed=num_failed, with_uids=self._with_uids)
-                notice = record.pop("notice")
-                record |= {"path": name, "series": number, "notice": notice}
+                record["path"], record["series"] = name, number
                 yield record, folder.items.get(uid, [])
 
 

@@ -8,8 +8,9 @@ import socket
 import sys
 from pathlib import Path
 
+from chestct.cli.console import DONE, UsageError, print_json
+from chestct.cli.options import add_list, add_server_options, tls_of, urls_of
 from chestct.contract import NOT_A_MEDICAL_DEVICE
-from chestct.inference.client import TLSOptions
 from chestct.web.settings import WebSettings
 
 __all__ = ["add_options", "run"]
@@ -19,19 +20,17 @@ EVERYWHERE = ("0.0.0.0", "::", "")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `chestct web`, beside those that say where the model is."""
+    """The options of `chestct web`."""
+    add_server_options(parser)
     default = WebSettings()
+    parser.add_argument(
+        "--json", action="store_true", help="say the address on stdout as a JSON object"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument(
         "--port", type=int, default=8080, help="port to listen at, 0 for a free one (%(default)s)"
     )
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="another name by which browsers reach the page; may be repeated",
-    )
+    add_list(parser, "--allow-host", "NAME", "another name by which browsers reach the page")
     parser.add_argument(
         "--token-file",
         type=Path,
@@ -44,13 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="header by which a reverse proxy names the user; requests without it are refused",
     )
-    parser.add_argument(
-        "--proxy",
-        action="append",
-        default=[],
-        metavar="ADDRESS",
-        help="address of that proxy (127.0.0.1 and ::1)",
-    )
+    add_list(parser, "--proxy", "ADDRESS", "address of that proxy (127.0.0.1 and ::1)")
     parser.add_argument(
         "--max-upload-mb",
         type=int,
@@ -74,18 +67,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, tls: TLSOptions | None) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Serves until it is interrupted.
 
-    Args:
-        arguments: As parsed with `add_options`, with `url`, `model` and `timeout_s`.
-        tls: Certificates for Triton.
-
     Raises:
-        ValueError: A setting out of range, or a token file that cannot be used.
-        ModuleNotFoundError: The extra `web` is not installed; the message says how to.
-        OSError: The address is taken or is none of this machine.
+        UsageError: A setting out of range, a token file that cannot be used, an address that is
+            taken or none of this machine, or the extra `web` is not installed.
     """
+    try:
+        return _serve(arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise UsageError(error) from error
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
 
@@ -95,10 +90,10 @@ def run(arguments: argparse.Namespace, tls: TLSOptions | None) -> int:
             f'chestct web needs {error.name}: pip install "chestct[web]"', name=error.name
         ) from error
     settings = WebSettings(
-        url=arguments.url,
+        url=urls_of(arguments)[-1],
         model=arguments.model,
         timeout_s=arguments.timeout_s,
-        tls=tls,
+        tls=tls_of(arguments),
         hosts=_hosts(arguments.host, arguments.allow_host),
         token=_token(arguments.token_file),
         user_header=arguments.user_header,
@@ -117,7 +112,10 @@ def run(arguments: argparse.Namespace, tls: TLSOptions | None) -> int:
     with listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if is_v6 else host
-        sys.stderr.write(f"chestct web: http://{shown}:{port} ({NOT_A_MEDICAL_DEVICE})\n")
+        url = f"http://{shown}:{port}"
+        sys.stderr.write(f"chestct web: {url} ({NOT_A_MEDICAL_DEVICE})\n")
+        if arguments.json:
+            print_json({"url": url, "notice": NOT_A_MEDICAL_DEVICE})
         if not (settings.token or settings.user_header or _is_local(host)):
             sys.stderr.write(
                 "chestct web: anyone who reaches this address may use it, and scans travel "
@@ -133,7 +131,7 @@ def run(arguments: argparse.Namespace, tls: TLSOptions | None) -> int:
             timeout_graceful_shutdown=5,
         )
         uvicorn.Server(config).run(sockets=[listening])
-    return 0
+    return DONE
 
 
 def _hosts(host: str, allowed: list[str]) -> tuple[str, ...]:

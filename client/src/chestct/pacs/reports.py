@@ -34,6 +34,7 @@ from chestct.imaging.sources import Source
 from chestct.inference.client import ScanClient
 from chestct.inference.server_pool import Fleet
 from chestct.results.overlays import overlay_of
+from chestct.results.records import SeriesResult, SliceResult
 from chestct.results.series import SeriesSlice, series_record
 
 if TYPE_CHECKING:
@@ -141,12 +142,10 @@ class DicomReports:
         self._window = window
         self.num_failed = 0
 
-    def add(self, record: dict[str, Any], item: Any) -> None:
+    def add(self, record: SliceResult, item: Any) -> None:
         """Nothing: slices are reported with their series."""
 
-    def end_series(
-        self, record: dict[str, Any], items: Sequence[tuple[dict[str, Any], Any]]
-    ) -> None:
+    def end_series(self, record: SeriesResult, items: Sequence[tuple[SliceResult, Any]]) -> None:
         """Writes the reports of a series."""
         if not items:
             return
@@ -206,7 +205,7 @@ def classify_series(
     """
     _require_highdicom()
     window = client.facts.window
-    found: list[tuple[dict[str, Any], Source, SliceMetadata]] = []
+    found: list[tuple[SliceResult, Source, SliceMetadata]] = []
     num_failed = num_refused = 0
     with contextlib.ExitStack() as stack:
         decoders = workers or stack.enter_context(new_workers())

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE
-from chestct.results.records import plain_text
-from chestct.results.writers import Item, Record
+from chestct.results.records import Record, plain_text
+from chestct.results.writers import DecodedInput
 
 __all__ = ["HtmlReport", "OverlayPngs", "overlay_of"]
 
@@ -92,7 +92,7 @@ class OverlayPngs:
         self._labels = list(labels)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, record: Record, item: Item) -> None:
+    def add(self, record: Record, item: DecodedInput) -> None:
         """Writes the picture of one scan, by way of a name that nobody looks for."""
         if item.pixels is None or item.activation_map is None:
             return
@@ -111,7 +111,7 @@ class OverlayPngs:
         inside = [part for part in parts if part not in ("/", "..") and ":" not in part]
         return self._folder.joinpath(*inside[:-1], f"{inside[-1][:200]}-{digest}.png")
 
-    def end_series(self, record: Record, items: Sequence[tuple[Record, Item]]) -> None:
+    def end_series(self, record: Record, items: Sequence[tuple[Record, DecodedInput]]) -> None:
         """Has no picture."""
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class HtmlReport:
         self._counts: Counter[str] = Counter()
         self._models: dict[str, None] = {}
 
-    def add(self, record: Record, item: Item) -> None:
+    def add(self, record: Record, item: DecodedInput) -> None:
         """Takes in one scan."""
         self._num_scans += 1
         self._counts[record.get("label") or record["error"]["type"]] += 1
@@ -153,7 +153,7 @@ class HtmlReport:
         if len(self._rows) < MOST_SHOWN:
             self._rows.append(_row(record, _thumbnails(record, item, self._labels)))
 
-    def end_series(self, record: Record, items: Sequence[tuple[Record, Item]]) -> None:
+    def end_series(self, record: Record, items: Sequence[tuple[Record, DecodedInput]]) -> None:
         """Takes in one series."""
         if len(self._series) < MOST_SHOWN:
             self._series.append(_row(record, f"{record['num_slices']} slices"))
@@ -195,7 +195,7 @@ def _row(record: Record, first: str) -> str:
     )
 
 
-def _thumbnails(record: Record, item: Item, labels: Sequence[str]) -> str:
+def _thumbnails(record: Record, item: DecodedInput, labels: Sequence[str]) -> str:
     if item.pixels is None:
         return ""
     pictures = [Image.fromarray(item.pixels[:, :, 0])]

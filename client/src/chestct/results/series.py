@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.imaging.metadata import SliceMetadata
+from chestct.results.records import KeySlice, SeriesResult, SliceResult
 
 __all__ = [
     "NORMAL",
@@ -59,12 +59,12 @@ class SeriesSlice:
     facts: SliceMetadata
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], facts: SliceMetadata) -> SeriesSlice:
+    def from_record(cls, record: SliceResult, facts: SliceMetadata) -> SeriesSlice:
         """From a record with status `ok`, as made by `chestct.results.records.result_line`."""
         return cls(record["path"], record["probabilities"], record["in_domain"], facts)
 
     @property
-    def evidence(self) -> float:
+    def non_normal_probability(self) -> float:
         """Probability of everything but `normal`; 0 where the model has no such label."""
         return 1 - self.probabilities[NORMAL] if NORMAL in self.probabilities else 0.0
 
@@ -157,7 +157,7 @@ def series_warnings(slices: Sequence[SeriesSlice]) -> list[str]:
 
 def series_record(
     slices: Sequence[SeriesSlice], *, num_failed: int = 0, with_uids: bool = False
-) -> dict[str, Any]:
+) -> SeriesResult:
     """The record of a series: the mean of its slices with most evidence, see the module.
 
     Copies of a slice (same SOP Instance UID and frame) count once. Where the model has no label
@@ -169,12 +169,8 @@ def series_record(
         with_uids: Carry the UIDs of study and series.
 
     Returns:
-        `path` (the folder, archive or file that holds all slices), `status`, `label`,
-        `probabilities`, `aggregation` (`rule`, `num_slices`), `slice` (`path`, `position_mm` and
-        `evidence` of the one with most evidence), `num_slices`, `num_out_of_domain`, `num_failed`,
-        `kernel` (if all have one), `gaps_mm`, `warnings`, `notice`. With no slice in domain
-        `status` is `error`, and `error` stands in place of label, probabilities, aggregation
-        and slice.
+        With `error` in place of label, probabilities, aggregation and slice where no slice is in
+        domain.
 
     Raises:
         ValueError: No slices.
@@ -190,51 +186,50 @@ def series_record(
         warnings.append(f"copies: {len(slices) - len(ordered)} slices occur again and count once")
     if num_failed:
         warnings.append(f"unreadable: {num_failed} slices of the series are missing here")
-    return {
+    record: SeriesResult = {
         "path": _common_path([item.path for item in slices]),
-        **(
-            {"study_uid": ordered[0].facts.study_uid, "series_uid": ordered[0].facts.series_uid}
-            if with_uids
-            else {}
-        ),
-        **(_answer(fit) if fit else _no_answer(len(ordered))),
+        "status": "error",
         "num_slices": len(ordered),
         "num_out_of_domain": len(ordered) - len(fit),
         "num_failed": num_failed,
-        **({"kernel": kernels.pop()} if len(kernels) == 1 and "" not in kernels else {}),
         "gaps_mm": [[round(low, 2), round(high, 2)] for low, high in gaps_mm(ordered)],
         "warnings": warnings,
         "notice": NOT_A_MEDICAL_DEVICE,
     }
+    if with_uids:
+        record["study_uid"] = ordered[0].facts.study_uid
+        record["series_uid"] = ordered[0].facts.series_uid
+    if len(kernels) == 1 and "" not in kernels:
+        record["kernel"] = kernels.pop()
+    if fit:
+        _add_answer(record, fit)
+    else:
+        message = f"none of its {len(ordered)} slices looks like a slice of a chest CT"
+        record["error"] = {"type": "OutOfDomainError", "message": message}
+    return record
 
 
-def _answer(fit: Sequence[SeriesSlice]) -> dict[str, Any]:
+def _add_answer(record: SeriesResult, fit: Sequence[SeriesSlice]) -> None:
     labels = list(fit[0].probabilities)
     top = list(fit)
     rule = "mean of all slices in domain"
     if NORMAL in labels:
         rule = "mean of the slices with most evidence against normal"
-        top = sorted(fit, key=lambda item: -item.evidence)[: num_top_slices(len(fit))]
+        top = sorted(fit, key=lambda item: -item.non_normal_probability)
+        top = top[: num_top_slices(len(fit))]
     mean = {label: sum(item.probabilities[label] for item in top) / len(top) for label in labels}
     label = max(labels, key=lambda name: mean[name])
-    chief = top[0] if NORMAL in labels else max(top, key=lambda item: item.probabilities[label])
-    position = chief.facts.position_mm
-    return {
-        "status": "ok",
-        "label": label,
-        "probabilities": {name: round(value, 7) for name, value in mean.items()},
-        "aggregation": {"rule": rule, "num_slices": len(top)},
-        "slice": {
-            "path": chief.path,
-            **({} if position is None else {"position_mm": round(position, 2)}),
-            **({"evidence": round(chief.evidence, 7)} if NORMAL in labels else {}),
-        },
-    }
-
-
-def _no_answer(num_slices: int) -> dict[str, Any]:
-    message = f"none of its {num_slices} slices looks like a slice of a chest CT"
-    return {"status": "error", "error": {"type": "OutOfDomainError", "message": message}}
+    key = top[0] if NORMAL in labels else max(top, key=lambda item: item.probabilities[label])
+    key_slice: KeySlice = {"path": key.path}
+    if key.facts.position_mm is not None:
+        key_slice["position_mm"] = round(key.facts.position_mm, 2)
+    if NORMAL in labels:
+        key_slice["evidence"] = round(key.non_normal_probability, 7)
+    record["status"] = "ok"
+    record["label"] = label
+    record["probabilities"] = {name: round(value, 7) for name, value in mean.items()}
+    record["aggregation"] = {"rule": rule, "num_slices": len(top)}
+    record["slice"] = key_slice
 
 
 def _distinct_positions(slices: Iterable[SeriesSlice]) -> list[float]:

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from importlib.resources import files
-from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,14 +22,21 @@ from chestct import __version__
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.errors import ServerError
 from chestct.inference.client import Predictions
-from chestct.results.records import error_line, json_text, result_line
+from chestct.results.records import SliceResult, error_line, json_text, result_line
 from chestct.web.decoder import Decoded, Decoder, Failed, Picture
 from chestct.web.metrics import Metrics
 from chestct.web.middleware import Guard, error_body
 from chestct.web.model_session import ModelLink
-from chestct.web.schemas import CLASSIFY, HealthBody, ModelBody, error_responses
+from chestct.web.schemas import (
+    CLASSIFY,
+    HealthBody,
+    ModelBody,
+    PageResult,
+    View,
+    error_responses,
+)
 from chestct.web.settings import WebSettings
-from chestct.web.uploads import Held, Upload, UploadError, read_uploads, too_large
+from chestct.web.uploads import InFlightBytes, Upload, UploadError, read_uploads, too_large
 
 __all__ = ["create_app"]
 
@@ -145,7 +151,7 @@ class _Service:
         self.link = ModelLink(settings)
         self.decoder = Decoder(settings)
         self.metrics = Metrics()
-        self.held = Held(settings.max_held_bytes)
+        self.held = InFlightBytes(settings.max_held_bytes)
 
     def model(self) -> Response:
         try:
@@ -225,9 +231,9 @@ class _Service:
 
     async def _lines(
         self, uploads: Sequence[Upload], side: int
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[SliceResult, None]:
         """Records in order; decoding runs ahead of the model by a few slices."""
-        waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
+        waiting: deque[asyncio.Task[SliceResult]] = deque()
         num_scans = 0
         try:
             for upload in uploads:
@@ -256,7 +262,7 @@ class _Service:
             async for scan in scans:
                 yield scan
 
-    async def _line(self, found: Decoded | Failed) -> dict[str, Any]:
+    async def _line(self, found: Decoded | Failed) -> SliceResult:
         line = await self._record(found)
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
@@ -264,7 +270,7 @@ class _Service:
         self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
-    async def _record(self, found: Decoded | Failed) -> dict[str, Any]:
+    async def _record(self, found: Decoded | Failed) -> SliceResult:
         if isinstance(found, Failed):
             return error_line(found.name, found.error)
         self.metrics.decode_s.observe(found.decode_ms / 1000)
@@ -283,14 +289,16 @@ class _Service:
             infer_ms=infer_ms,
             reasons=found.reasons,
         )
-        if found.picture is not None:
-            line["view"] = _view(found, found.picture, predictions)
-        return line
+        if found.picture is None:
+            return line
+        shown: PageResult = {**line, "view": _view(found, found.picture, predictions)}
+        return shown
 
 
-def _view(found: Decoded, picture: Picture, predictions: Predictions) -> dict[str, Any]:
+def _view(found: Decoded, picture: Picture, predictions: Predictions) -> View:
     """What the page draws; shapes and meaning stand in the OpenAPI description."""
     shape = picture.pixels.shape
+    top, left, bottom, right = picture.box
     evidence = {}
     if predictions.activation_map is not None:
         maps = predictions.activation_map[0].transpose(2, 0, 1)
@@ -309,13 +317,13 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> dict[st
         "original": {
             "width": shape[1],
             "height": shape[0],
-            "channels": shape[2] if len(shape) == 3 else 1,
-            "kind": picture.pixels.dtype.name,
+            "channels": 3 if len(shape) == 3 else 1,
+            "kind": "uint8" if picture.pixels.dtype.name == "uint8" else "int16",
             "data": base64.b64encode(picture.pixels.tobytes()).decode(),
         },
         "inverted": picture.is_inverted,
         "size": {"height": picture.size[0], "width": picture.size[1]},
-        "box": dict(zip(("top", "left", "bottom", "right"), picture.box, strict=True)),
+        "box": {"top": top, "left": left, "bottom": bottom, "right": right},
         "activation_map": evidence,
         "series": found.series,
         "position_mm": found.position_mm,
@@ -327,7 +335,7 @@ class _Records(StreamingResponse):
 
     def __init__(
         self,
-        lines: AsyncGenerator[dict[str, Any], None],
+        lines: AsyncGenerator[SliceResult, None],
         release: Callable[[], None],
         *,
         as_lines: bool,

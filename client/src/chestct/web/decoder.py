@@ -187,6 +187,8 @@ def _decode_error(header: dict[str, Any]) -> ScanDecodeError:
     kind = getattr(errors, str(header["type"]), ScanDecodeError)
     is_known = isinstance(kind, type) and issubclass(kind, ScanDecodeError)
     error: ScanDecodeError = (kind if is_known else ScanDecodeError)(str(header["message"]))
+    if isinstance(error, errors.OutOfDomainError):
+        error.kind = str(header["kind_of_file"])
     return error
 
 

@@ -10,7 +10,7 @@ from prometheus_client import generate_latest as text_of
 if TYPE_CHECKING:
     from chestct.web.decoder import Decoder
     from chestct.web.model_session import ModelLink
-    from chestct.web.uploads import Held
+    from chestct.web.uploads import InFlightBytes
 
 __all__ = ["Metrics"]
 
@@ -53,7 +53,9 @@ class Metrics:
             "chestct_web_held_bytes", "Uploads in memory now.", registry=self._registry
         )
 
-    def text(self, decoder: Decoder, link: ModelLink, held: Held) -> tuple[bytes, int, None, str]:
+    def text(
+        self, decoder: Decoder, link: ModelLink, held: InFlightBytes
+    ) -> tuple[bytes, int, None, str]:
         """Body, status, headers and media type of the answer."""
         self._up.set(link.trouble is None)
         self._replaced.set(decoder.num_replaced)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE, SCAN_SIZE
+from chestct.results.records import Probability, SliceResult, json_schema
 
-__all__ = ["CLASSIFY", "ErrorBody", "HealthBody", "ModelBody", "error_responses"]
-
-Probability = Annotated[float, Field(ge=0, le=1)]
+__all__ = [
+    "CLASSIFY",
+    "ErrorBody",
+    "HealthBody",
+    "ModelBody",
+    "PageResult",
+    "View",
+    "error_responses",
+]
 
 
 class _Body(BaseModel):
@@ -30,43 +37,32 @@ class ErrorBody(_Body):
     error: ErrorFacts
 
 
-class ModelName(_Body):
-    """Which model answered."""
-
-    name: str = Field(examples=["chestct"])
-    version: str = Field(examples=["1"])
-    run: str = Field(examples=["60ff88c87f7845a597c6515011b9a400"])
-
-
-class Times(_Body):
-    """Milliseconds: decoding in the worker, and the model's answer with wire and queue."""
-
-    decode: float = Field(examples=[4.1])
-    infer: float = Field(examples=[31.7])
-
-
-class Raster(_Body):
+class Raster(TypedDict):
     """A picture, row by row.
 
-    `data` is base64 of `height * width * channels` numbers, little-endian: `uint8` grey or RGB, or
-    `int16` in Hounsfield units.
+    Attributes:
+        width: In pixels.
+        height: In pixels.
+        channels: 1 for grey, 3 for RGB.
+        kind: `int16` are Hounsfield units.
+        data: Base64 of height * width * channels numbers, little-endian.
     """
 
-    width: int = Field(ge=1, le=512)
-    height: int = Field(ge=1, le=512)
+    width: Annotated[int, {"minimum": 1, "maximum": 512}]
+    height: Annotated[int, {"minimum": 1, "maximum": 512}]
     channels: Literal[1, 3]
     kind: Literal["uint8", "int16"]
     data: str
 
 
-class Size(_Body):
+class Size(TypedDict):
     """Of the picture in the file, in pixels."""
 
     width: int
     height: int
 
 
-class Box(_Body):
+class Box(TypedDict):
     """The part of the original that the network saw, as parts of its height and width."""
 
     top: Probability
@@ -75,13 +71,18 @@ class Box(_Body):
     right: Probability
 
 
-class View(_Body):
-    """Only with `images`: what is needed to show the slice.
+class View(TypedDict):
+    """What is needed to show the slice.
 
-    `network` is the very input of the network. Where `inverted`, low values of `original` are
-    bright (MONOCHROME1). `activation_map` holds, for each label, class evidence at 14 x 14 places
-    over `box`; its mean is the logit before temperature. Slices with the same `series` belong
-    together; it is another word after a restart, and no UID.
+    Attributes:
+        network: The very input of the network.
+        original: The slice as it is in the file, or smaller.
+        inverted: Whether low values of `original` are bright (MONOCHROME1).
+        size: Of the picture in the file, in pixels.
+        box: The part of the original that the network saw, as parts of its height and width.
+        activation_map: By class, evidence at 14 x 14 places over `box`; its mean is the logit.
+        series: The same for slices that belong together; no UID, and another word after a restart.
+        position_mm: Along the axis of the patient, upwards.
     """
 
     network: Raster
@@ -94,35 +95,14 @@ class View(_Body):
     position_mm: float | None
 
 
-class ResultBody(_Body):
-    """The record of a classified slice."""
+class PageResult(SliceResult):
+    """The result of one slice on the page.
 
-    path: str = Field(description="The file as it was named; `#` and a number for a frame.")
-    status: Literal["ok"]
-    label: str
-    probabilities: dict[str, Probability] = Field(description="Calibrated; their sum is 1.")
-    in_domain: bool
-    reasons: list[str] = Field(default=[], description="Why the slice is out of domain.")
-    domain_distance: float
-    model: ModelName
-    ms: Times
-    notice: str
-    view: View | None = None
+    Attributes:
+        view: Only with `images`: what is needed to show the slice.
+    """
 
-
-class ErrorRecord(_Body):
-    """The record of a file that could not be classified."""
-
-    path: str
-    status: Literal["error"]
-    error: ErrorFacts
-    notice: str
-
-
-class ResultsBody(_Body):
-    """One record for each slice, in the order of the files."""
-
-    results: list[ResultBody | ErrorRecord]
+    view: NotRequired[View]
 
 
 class WindowBody(_Body):
@@ -233,13 +213,19 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 CLASSIFY: dict[str, Any] = {
     "tags": ["scans"],
-    "response_model": ResultsBody,
-    "response_model_exclude_none": True,
+    "response_model": None,
     "responses": {
         200: {
             "description": f"Records. `network` pictures are {SCAN_SIZE} x {SCAN_SIZE}.",
             "content": {
-                "application/json": {"example": {"results": RECORDS}},
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {"results": json_schema(list[PageResult])},
+                        "required": ["results"],
+                    },
+                    "example": {"results": RECORDS},
+                },
                 "application/x-ndjson": {
                     "schema": {"type": "string", "description": "One record for each line."}
                 },

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-__all__ = ["Held", "Upload", "UploadError", "read_uploads"]
+__all__ = ["InFlightBytes", "Upload", "UploadError", "read_uploads"]
 
 MAX_NAME_CHARS = 255
 MAX_FILES = 2000
@@ -37,7 +37,7 @@ class Upload:
     data: bytes
 
 
-class Held:
+class InFlightBytes:
     """Counts the bytes of all requests under way, so that together they cannot fill the memory."""
 
     def __init__(self, limit: int) -> None:
@@ -60,7 +60,11 @@ class Held:
 
 
 async def read_uploads(
-    chunks: AsyncIterator[bytes], content_type: str, max_bytes: int, held: list[int], total: Held
+    chunks: AsyncIterator[bytes],
+    content_type: str,
+    max_bytes: int,
+    held: list[int],
+    total: InFlightBytes,
 ) -> list[Upload]:
     """The files of the field `files`; other fields are passed over.
 

@@ -160,6 +160,7 @@ def _file_messages(
 def _error_message(name: str, error: Exception) -> tuple[dict[str, Any], list[bytes]]:
     return {
         "kind": "error", "name": name, "type": type(error).__name__, "message": str(error),
+        "kind_of_file": getattr(error, "kind", ""),
     }, []  # fmt: skip
 
 
