@@ -19,15 +19,8 @@ import numpy.typing as npt
 from benchmarks.latency import interval_in_words, place_in_words
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.inference.client import ScanClient
-from export.check.parity import (
-    Outputs,
-    ParityReport,
-    Runner,
-    Tolerance,
-    compare,
-    keras_runner,
-    triton_runner,
-)
+from export.check.parity import ParityReport, Tolerance, compare
+from export.check.runners import Outputs, Runner, keras_runner, triton_runner
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import run_command
@@ -164,7 +157,7 @@ def in_words(served: Served, scans: Path) -> list[str]:
     difference = largest_difference(served.over_grpc, served.over_http)
     promoted = served.promoted
     error = next(item for item in promoted.errors if item.output == "probabilities")
-    exact = "no FP32 model is served" if served.exact is None else served.exact.in_words()
+    exact = "no FP32 model is served" if served.exact is None else served.exact.describe()
     return [
         f"Served:     by a real Triton; {exact}.",
         f"Promoted:   {MODEL_NAME} is {served.precision}; it gives Keras' label to "
@@ -243,7 +236,7 @@ def serve(scans: Path, output: Path) -> str:
     write_json(output / "parity.json", {name: item.to_json() for name, item in reports.items()})
     for report in reports.values():
         if not report:
-            raise ValueError(report.in_words())
+            raise ValueError(report.describe())
     said = [*pipeline_in_words(), *in_words(served, scans)]
     return "\n".join(said) + "\n"
 

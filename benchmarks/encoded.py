@@ -15,7 +15,8 @@ from tqdm import tqdm
 from benchmarks.variants import median_interval
 from chestct.imaging.scan import inspect_scan, list_scans
 from chestct.inference.client import ScanClient
-from export.publish.repository import ENCODED, served_version
+from export.publish.settings import ENCODED
+from export.publish.versions import served_version
 from serving.local import LocalTriton
 
 MOST_FILES = 40

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.engines import Infer
 from chestct.contract import Window
-from export.publish.repository import parsed_config
+from export.publish.config_pbtxt import parsed_config
 from serving.local import uses_gpu
 from training.common.atomic_io import sha256_of
 from training.common.metrics import score

@@ -1,4 +1,4 @@
-"""The smallest student whose loss is allowed, in INT8: loss against latency for all of them."""
+"""Choose the fastest student whose loss is allowed, in INT8."""
 
 from __future__ import annotations
 
@@ -17,19 +17,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from chestct.contract import ModelFacts
-from export.check.parity import (
-    Figure,
-    Gate,
-    Outputs,
-    ParityConfig,
-    Runner,
-    check_parity,
-    facts_of,
-    gate_figures,
-    onnx_runner,
-    openvino_runner,
-    run_all,
-)
+from export.check.gate import Figure, Gate, gate_figures
+from export.check.parity import ParityConfig, check_parity
+from export.check.runners import Outputs, Runner, onnx_runner, openvino_runner, run_all
+from export.check.variant import facts_of
 from export.convert.onnx import onnx_from_keras
 from export.convert.quantize import calibration_scans, int8_form
 from training.common.atomic_io import replaced, write_json
@@ -124,7 +115,7 @@ def compress(config: CompressConfig) -> str | None:
             "points": sorted(points, key=lambda point: point["latency_ms"]),
         }
         write_json(output / "curve.json", curve)
-        (output / "curve.md").write_text(in_words(curve), encoding="utf-8")
+        (output / "curve.md").write_text(describe(curve), encoding="utf-8")
         for candidate in candidates[:-1]:
             if candidate.name == chosen:
                 candidate.onnx.rename(output / "model.onnx")
@@ -201,11 +192,11 @@ def _worth(scans: ScanSet, outputs: Outputs, figures: tuple[Figure, ...]) -> dic
         "accuracy": scores["accuracy"],
         "macro_auroc": scores["macro_auroc"],
         "against_full": {figure.name: figure.value for figure in figures},
-        "refused_for": [figure.in_words() for figure in figures if not figure],
+        "refused_for": [figure.describe() for figure in figures if not figure],
     }
 
 
-def in_words(curve: dict[str, Any]) -> str:
+def describe(curve: dict[str, Any]) -> str:
     """The curve as a table."""
 
     def row(name: str, latency: str, widths: str, at: dict[str, Any], remark: str) -> str:

@@ -24,7 +24,7 @@ def served(published, triton_environment):
 
 @pytest.mark.server
 def test_exact_model_is_held_to_keras_and_the_promoted_one_is_told_of(served, published):
-    assert served.exact, served.exact.in_words()
+    assert served.exact, served.exact.describe()
     assert EXACT in served.exact.candidate
     assert served.precision == "int8"
     assert served.promoted.num_scans == served.exact.num_scans == 12

@@ -9,7 +9,7 @@ from benchmarks.environment import cores
 from benchmarks.layouts import Layout, layouts_of, write_layouts
 from benchmarks.throughput import Cell, ThroughputConfig, file_rows, main, markdown
 from benchmarks.variants import find_variants
-from export.publish.repository import parsed_config
+from export.publish.config_pbtxt import parsed_config
 
 
 def test_row_of_a_cell_by_hand():
