@@ -1,4 +1,4 @@
-"""How near `chestct classify` comes to what decoding alone and the server alone would allow."""
+"""`chestct classify` against the limits that decoding alone and the server alone set."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.latency import interval_in_words
 from benchmarks.layouts import Layout, write_layouts
-from benchmarks.variants import Variant, median_interval
+from benchmarks.variants import Variant, describe_interval, median_interval
 from chestct.batch.pipeline import classify_sources, decode_source, new_workers
 from chestct.imaging.scan import Scan
 from chestct.imaging.sources import Source
 from chestct.inference.server_pool import Fleet
 from chestct.results.records import json_text
 from serving.local import LocalTriton
+from training.common.markdown import table
 
 TOGETHER, APART = "together", "apart"
 PLACES = {
@@ -152,19 +152,22 @@ def _row(turns: Sequence[dict[str, float]], place: str) -> dict[str, Any]:
     return {name: round(rate, 1) for name, rate in rates.items()} | {"part": median_interval(parts)}
 
 
-def limits_in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
+def describe_limits(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as lines of Markdown."""
-    lines = [
-        "",
+    title = (
         "`chestct classify` against what decoding alone and the server alone allow, scans/s; "
         + "; ".join(f"{place}: {text}" for place, text in PLACES.items())
-        + ":",
-        "",
-        "| cores | variant | decoding | server | they allow | both at once | part |",
-        "|" + " --- |" * 7,
-    ]
-    return lines + [
-        f"| {row['place']} | {row['variant']} | {row['decode']:.1f} | {row['server']:.1f} "
-        f"| {row['bound']:.1f} | {row['both']:.1f} | {interval_in_words(row['part'])} |"
+        + ":"
+    )
+    head = ("cores", "variant", "decoding", "server", "they allow", "both at once", "part")
+    rates = ("decode", "server", "bound", "both")
+    cells = [
+        (
+            row["place"],
+            row["variant"],
+            *(f"{row[key]:.1f}" for key in rates),
+            describe_interval(row["part"]),
+        )
         for row in rows
     ]
+    return ["", title, "", *table(head, cells)]

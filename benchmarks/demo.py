@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.latency import interval_in_words, place_in_words
+from benchmarks.environment import describe_environment
+from benchmarks.variants import describe_interval
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.inference.client import ScanClient
 from export.check.parity import ParityReport, Tolerance, compare
@@ -144,7 +145,7 @@ def serve_and_classify(scans: Path) -> Served:
     return Served(over_grpc, over_http, precision, exact, promoted, facts.labels)
 
 
-def in_words(served: Served, scans: Path) -> list[str]:
+def describe_served(served: Served, scans: Path) -> list[str]:
     """What was served and classified, a sentence each."""
     readable = [line for line in served.over_grpc if line["status"] == "ok"]
     folders = [Path(line["path"]).parent.name for line in readable]
@@ -179,7 +180,7 @@ def short_table(latency: dict[str, Any]) -> list[str]:
             f"{row['p50_ms']:.1f}",
             f"{row['times_faster_than_keras_predict']:.2f} x",
             f"{row['times_faster_than_keras_compiled']:.2f} x",
-            interval_in_words(row["accuracy"]),
+            describe_interval(row["accuracy"]),
         )
         for row in rows
     ]
@@ -194,7 +195,7 @@ def short_table(latency: dict[str, Any]) -> list[str]:
     ]
 
 
-def pipeline_in_words() -> list[str]:
+def describe_pipeline() -> list[str]:
     """What the pipeline left: scores, a sentence each, and the latency table."""
     source = json.loads(Path("data/ingest.json").read_text())["source"]
     latency = json.loads(LATENCY.read_text())
@@ -214,7 +215,7 @@ def pipeline_in_words() -> list[str]:
                 else "within its gate"
             )
             lines.append(f"Compressed: student {point['name']} is {said}.")
-    place = place_in_words(latency["environment"])
+    place = describe_environment(latency["environment"])
     return ["Latency:    one scan a request; " + place, "", *short_table(latency), "", *lines]
 
 
@@ -237,7 +238,7 @@ def serve(scans: Path, output: Path) -> str:
     for report in reports.values():
         if not report:
             raise ValueError(report.describe())
-    said = [*pipeline_in_words(), *in_words(served, scans)]
+    said = [*describe_pipeline(), *describe_served(served, scans)]
     return "\n".join(said) + "\n"
 
 

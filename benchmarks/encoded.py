@@ -1,4 +1,4 @@
-"""What it costs to let the server decode: a whole file to `chestct_encoded`, or decoded here."""
+"""Decoding by the server (`chestct_encoded`) against decoding by the client, in milliseconds."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def compare_encoded(
     }
 
 
-def encoded_in_words(result: dict[str, Any]) -> str:
+def describe_encoded(result: dict[str, Any]) -> str:
     """The comparison as one sentence."""
     more = result["difference_ms"]
     return (

@@ -1,4 +1,4 @@
-"""The variants of the model that are there to be measured, and what each is worth."""
+"""Model variants to measure: which are there, how each is served, and its scores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from training.common.metrics import score
 from training.data.dataset import ScanSet, evenly_spread, read_split
 
 SCORING_BATCH = 8
+SCORES = ("accuracy", "macro_auroc")  # keys of `scores_of`
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
 
 
@@ -117,7 +118,7 @@ class Variant:
         }
 
     def _engine(self) -> str:
-        """The engine inside Triton, by the names of `export.publish.repository.ENGINES`."""
+        """The engine inside Triton, by the names of `export.publish.settings.ENGINES`."""
         if self.config.backend == "tensorrt":
             return "tensorrt-plan"
         listed = self.config.optimization.execution_accelerators
@@ -182,10 +183,7 @@ def scores_of(infer: Infer, scans: ScanSet, title: str) -> dict[str, Any]:
     answers = (infer(scans.pixels[start : start + SCORING_BATCH]) for start in starts)
     probabilities = np.concatenate([answer["probabilities"] for answer in answers])
     found = score(probabilities, scans.labels, scans.groups, scans.names)
-    return {
-        "accuracy": _rounded(found["accuracy"]),
-        "macro_auroc": _rounded(found["macro_auroc"]),
-    }
+    return {key: _rounded(found[key]) for key in SCORES}
 
 
 def _rounded(interval: Mapping[str, float]) -> dict[str, float | None]:
@@ -201,6 +199,13 @@ def spread(scans: ScanSet, count: int) -> ScanSet:
     keep = np.zeros(len(scans), bool)
     keep[evenly_spread(len(scans), count)] = True
     return scans.where(keep)
+
+
+def describe_interval(interval: dict[str, float | None]) -> str:
+    """A value with its interval, `0.990 (0.981 to 0.998)`."""
+    if interval["value"] is None or interval["low"] is None:
+        return "undefined"
+    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
