@@ -1,4 +1,4 @@
-"""`chestct classify` against the limits that decoding alone and the server alone set."""
+"""`chestct classify` against the limits set by decoding alone and by the server alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.layouts import Layout, write_layouts
-from benchmarks.variants import Variant, describe_interval, median_interval
+from benchmarks.variants import Variant, median_interval
 from chestct.batch.pipeline import classify_sources, decode_source, new_workers
 from chestct.imaging.scan import Scan
 from chestct.imaging.sources import Source
 from chestct.inference.server_pool import Fleet
 from chestct.results.records import json_text
 from serving.local import LocalTriton
-from training.common.markdown import table
 
 TOGETHER, APART = "together", "apart"
 PLACES = {
@@ -87,7 +86,7 @@ def near_limits(
 
 @contextlib.contextmanager
 def _only_on(allowed: Set[int]) -> Iterator[None]:
-    """What this thread starts meanwhile, threads and processes, runs on these cores alone."""
+    """Restrict this thread, and threads and processes that it starts, to some cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, allowed)
     try:
@@ -150,24 +149,3 @@ def _row(turns: Sequence[dict[str, float]], place: str) -> dict[str, Any]:
     rates["bound"] = statistics.median(bounds)
     parts = [turn["both"] / bound for turn, bound in zip(turns, bounds, strict=True)]
     return {name: round(rate, 1) for name, rate in rates.items()} | {"part": median_interval(parts)}
-
-
-def describe_limits(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows as lines of Markdown."""
-    title = (
-        "`chestct classify` against what decoding alone and the server alone allow, scans/s; "
-        + "; ".join(f"{place}: {text}" for place, text in PLACES.items())
-        + ":"
-    )
-    head = ("cores", "variant", "decoding", "server", "they allow", "both at once", "part")
-    rates = ("decode", "server", "bound", "both")
-    cells = [
-        (
-            row["place"],
-            row["variant"],
-            *(f"{row[key]:.1f}" for key in rates),
-            describe_interval(row["part"]),
-        )
-        for row in rows
-    ]
-    return ["", title, "", *table(head, cells)]

@@ -1,4 +1,4 @@
-"""`make demo`: the pipeline on phantoms, then serve, classify a directory, and sum it up."""
+"""Demo: run the pipeline on phantoms, serve the model, classify a directory."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -
 
 @dataclass(frozen=True)
 class Served:
-    """What clients got for one folder, and how far that is from Keras.
+    """Answers that clients got for one folder, and their distance from Keras.
 
     Attributes:
         over_grpc: JSON lines of the model `chestct`.
@@ -146,7 +146,7 @@ def serve_and_classify(scans: Path) -> Served:
 
 
 def describe_served(served: Served, scans: Path) -> list[str]:
-    """What was served and classified, a sentence each."""
+    """The served model and the classified scans, a sentence each."""
     readable = [line for line in served.over_grpc if line["status"] == "ok"]
     folders = [Path(line["path"]).parent.name for line in readable]
     right = sum(line["label"] == folder for line, folder in zip(readable, folders, strict=True))
@@ -196,7 +196,7 @@ def short_table(latency: dict[str, Any]) -> list[str]:
 
 
 def describe_pipeline() -> list[str]:
-    """What the pipeline left: scores, a sentence each, and the latency table."""
+    """Results of the pipeline: scores, a sentence each, and the latency table."""
     source = json.loads(Path("data/ingest.json").read_text())["source"]
     latency = json.loads(LATENCY.read_text())
     lines = []
@@ -220,7 +220,7 @@ def describe_pipeline() -> list[str]:
 
 
 def serve(scans: Path, output: Path) -> str:
-    """Serve, classify `scans`, write lines and parity report into `output`; the result in words.
+    """Serve, classify `scans`, write lines and parity report into `output`; returns the summary.
 
     Raises:
         ValueError: Nothing is trained, or an FP32 model and Keras differ.
@@ -269,7 +269,7 @@ def measure_latency(screen: Screen, record: Path) -> None:
 
 
 def whole(scans: Path, output: Path) -> str:
-    """Run the pipeline, then `serve` as one more stage on the screen; the result in words.
+    """Run the pipeline, then `serve` as one more stage on the screen; returns the summary.
 
     Raises:
         training.pipeline.StageFailedError: A stage failed.

@@ -17,7 +17,7 @@ from chestct.inference.client import ScanClient
 
 @dataclass
 class Cell:
-    """What was measured of a layout at a concurrency, over all passes."""
+    """Measurements of a layout at a concurrency, over all passes."""
 
     latency_ms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

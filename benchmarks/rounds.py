@@ -1,4 +1,4 @@
-"""Interleaved rounds: every subject is timed once a round, in an order drawn anew."""
+"""Interleaved rounds: every subject is timed once a round, in random order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed.
+    """An engine or server that is timed.
 
     Attributes:
         engine: `keras_predict`, `openvino`, `triton_grpc`, ...
@@ -50,7 +50,7 @@ class Subject:
 
 @dataclass
 class Timing:
-    """What was measured of one subject at one batch size; times in milliseconds a request.
+    """Times of one subject at one batch size, in milliseconds a request.
 
     `rounds` holds the timed requests of each round. `server_ms` holds, for a server and each
     round, the time of a request in the queue, in computing, and the rest: the wire, with what
@@ -80,7 +80,7 @@ class Timing:
 
 
 def share_of_server(served: Timing, in_process: Timing) -> dict[str, dict[str, float]]:
-    """What a server adds to its engine, `ms` and `percent`, each a median with 95 % interval.
+    """Overhead of a server over its engine, `ms` and `percent`, medians with 95 % intervals.
 
     Paired by round: both answered the same scans within the same seconds, so a slow moment of the
     machine cancels out, as it would not between two medians.

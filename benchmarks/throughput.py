@@ -235,7 +235,7 @@ def file_rows(seconds: Mapping[str, list[float]], num_files: int) -> list[dict[s
 def by_perf_analyzer(
     variants: list[Variant], concurrency: tuple[int, ...], grpc_url: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of NVIDIA's perf_analyzer, and what it could not measure, as {what: why}."""
+    """The rows of NVIDIA's perf_analyzer, and the reason for each that is missing."""
     command = find_perf_analyzer()
     if command is None:
         return [], {"perf_analyzer": "not installed; name it with PERF_ANALYZER"}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.engines import Infer
 from chestct.contract import Window
-from export.publish.config_pbtxt import parsed_config
+from export.publish.config_pbtxt import engine_of, parsed_config
 from serving.local import uses_gpu
 from training.common.atomic_io import sha256_of
 from training.common.metrics import score
@@ -107,7 +107,7 @@ class Variant:
         # Looking a key up in a protobuf map adds it.
         threads = parameters[THREADS].string_value if THREADS in parameters else "0"
         return {
-            "engine": self._engine(),
+            "engine": engine_of(self.config),
             "threads": int(threads),
             "instances": sum(group.count for group in self.config.instance_group),
             "max_batch_size": self.config.max_batch_size,
@@ -117,21 +117,11 @@ class Variant:
             ),
         }
 
-    def _engine(self) -> str:
-        """The engine inside Triton, by the names of `export.publish.settings.ENGINES`."""
-        if self.config.backend == "tensorrt":
-            return "tensorrt-plan"
-        listed = self.config.optimization.execution_accelerators
-        for item in listed.gpu_execution_accelerator:
-            return f"onnxruntime-{item.name}"
-        names = [item.name for item in listed.cpu_execution_accelerator]
-        return "openvino" if "openvino" in names else "onnxruntime"
-
 
 def find_variants(
     folders: Mapping[str, Any], repository: Path
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The variants that are there, and what is missing, as {name: why}.
+    """The variants that are there, and the reason for each that is missing.
 
     Raises:
         ValueError: There is none, or the repository serves another file than a variant's folder

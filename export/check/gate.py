@@ -1,4 +1,4 @@
-"""Gate: the limits on what a variant may lose against the FP32 model, on labelled scans."""
+"""Gate: limits on the loss of a variant against the FP32 model, on labelled scans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.data.dataset import ScanSet
 
 @dataclass(frozen=True)
 class Gate:
-    """What a variant may lose against the FP32 model, on the labelled validation scans.
+    """Limits on the loss of a variant against the FP32 model, on the labelled validation scans.
 
     AUROC and accuracy are judged by their measured change, not by its interval: on some 70 scans
     the interval of a paired difference is wider than the limits, so no variant could prove that
@@ -88,7 +88,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What one engine made of a variant, on the scans of each split.
+    """Figures of a variant in one engine, on the scans of each split.
 
     Attributes:
         reference: Name of the runner that is right by definition.

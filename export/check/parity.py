@@ -337,7 +337,7 @@ def check_parity(config: ParityConfig) -> Verdict:
 
 
 def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Verdict:
-    """Judge what the server at `url` answers for `model`, by the precision that it tells.
+    """Judge `model` on the server at `url`, by the precision among its parameters.
 
     Raises:
         ValueError: Reference or scans are missing.
@@ -349,7 +349,7 @@ def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Ver
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare a model variant, or what a server answers, with the trained model."""
+    """Compare a model variant, or a model on a server, with the trained model."""
     parser = command_parser("export parity", main.__doc__, "configs/parity.yaml")
     parser.add_argument("--variant", type=Path, help="folder, instead of the config's")
     parser.add_argument("--url", help="judge the server at grpc://HOST:PORT or http://... instead")

@@ -90,7 +90,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """What a plan was built for; it runs nowhere else.
+    """The GPU, TensorRT and model that a plan was built for; it runs nowhere else.
 
     Attributes:
         gpu: Name of the GPU.
@@ -211,7 +211,7 @@ def build_plan(config: EngineConfig) -> PlanRecord:
 
 
 def write_record(config: EngineConfig, gpu: Gpu, tensorrt_version: str) -> PlanRecord:
-    """Write beside the plan in `config.output` what it was built for."""
+    """Write the record of the plan in `config.output` beside it."""
     record = PlanRecord(
         gpu.name,
         gpu.compute_capability,
@@ -225,7 +225,7 @@ def write_record(config: EngineConfig, gpu: Gpu, tensorrt_version: str) -> PlanR
 
 
 def read_record(folder: Path) -> PlanRecord:
-    """What the plan in `folder` was built for.
+    """The record of the plan in `folder`.
 
     Raises:
         ValueError: There is no plan or no record of it.

@@ -39,7 +39,7 @@ ACTIVATION_STEPS = 255  # an activation is 0 to 255 times its tensor's step
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the activations of the FP32 model are like on some scans.
+    """Statistics of the activations of the FP32 model on calibration scans.
 
     Attributes:
         ranges: For each ReLU, by the name of its output, the value to be clipped at.
@@ -187,7 +187,7 @@ def rounded_kernel(kernel: Floats, reach: Floats) -> tuple[npt.NDArray[np.int8],
 
 
 def pixel_map(model: onnx.ModelProto) -> tuple[Floats, Floats]:
-    """What stands in front of the first convolution, as a x + b of a pixel x: a (C,) and b (C,).
+    """The preprocessing in front of the first convolution, as a x + b of a pixel x: a, b (C,).
 
     Raises:
         ValueError: It is not of that form.

@@ -28,8 +28,8 @@ INTEGER_OPERATORS = frozenset(
 def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph, with the cast of its uint8 input in front of whatever else reads it.
 
-    TensorRT knows uint8 only as what is cast to floating point, and ONNX Runtime would leave what
-    precedes the cast to the CUDA provider, whose output then lacks a shape profile.
+    TensorRT takes uint8 only as the input of a cast to floating point. ONNX Runtime would leave
+    nodes before the cast to the CUDA provider, whose output then lacks a shape profile.
     """
     from onnx import ModelProto, TensorProto, helper
 

@@ -94,7 +94,7 @@ def _optimization(config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str)
 def tensorrt_parameters(
     config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str
 ) -> dict[str, str]:
-    """Parameters of the native backend's TensorRT accelerator, by the names that it knows.
+    """Parameters of the native backend's TensorRT accelerator, by its own names.
 
     ONNX Runtime names a cached engine after the graph without its weights: with one folder for all
     models, a new version would be answered by the engine of the old one.
@@ -132,7 +132,7 @@ def encoded_configs(model: Any) -> tuple[Any, Any]:
     facts = facts_of_config(model)
     file = {"name": "file", "data_type": "TYPE_STRING", "dims": [1]}
     answers = _outputs(facts)
-    told = [
+    extras = [
         {"name": "reasons", "data_type": "TYPE_STRING", "dims": [1]},
         {"name": "labels", "data_type": "TYPE_STRING", "dims": [len(facts.labels)]},
         {"name": "domain_threshold", "data_type": "TYPE_FP32", "dims": [1]},
@@ -146,7 +146,7 @@ def encoded_configs(model: Any) -> tuple[Any, Any]:
     decode = {
         "name": DECODE,
         "backend": "chestct_scan",
-        "output": [_scan(), *told],
+        "output": [_scan(), *extras],
         # Each instance decodes on one core, and the network wants them too.
         "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
     }
@@ -155,7 +155,7 @@ def encoded_configs(model: Any) -> tuple[Any, Any]:
             "model_name": DECODE,
             "model_version": -1,
             "input_map": {"file": "file"},
-            "output_map": _same([_scan(), *told]),
+            "output_map": _same([_scan(), *extras]),
         },
         {
             "model_name": MODEL_NAME,
@@ -167,7 +167,7 @@ def encoded_configs(model: Any) -> tuple[Any, Any]:
     ensemble = {
         "name": ENCODED,
         "platform": "ensemble",
-        "output": [*answers, *told],
+        "output": [*answers, *extras],
         "ensemble_scheduling": {"step": steps},
     }
     return _message(common | decode), _message(common | ensemble)
@@ -203,6 +203,17 @@ def facts_of_config(message: Any) -> ModelFacts:
     return ModelFacts.from_parameters(
         {key: value.string_value for key, value in message.parameters.items()}
     )
+
+
+def engine_of(message: Any) -> str:
+    """The engine of a `ModelConfig`, by the names of `export.publish.settings.ENGINES`."""
+    if message.backend == "tensorrt":
+        return "tensorrt-plan"
+    listed = message.optimization.execution_accelerators
+    for item in listed.gpu_execution_accelerator:
+        return f"onnxruntime-{item.name}"
+    names = [item.name for item in listed.cpu_execution_accelerator]
+    return "openvino" if "openvino" in names else "onnxruntime"
 
 
 def _message(settings: dict[str, Any]) -> Any:

@@ -145,7 +145,7 @@ def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
 
 
 def _network_run(model: Path, facts: ModelFacts) -> str:
-    """The run that trained the network that a variant stands for: of a student, its teacher's."""
+    """The training run of a variant's network; of a student, its teacher's."""
     student = model / "student.json"
     return str(json.loads(student.read_text())["teacher"]) if student.is_file() else facts.run
 
@@ -201,10 +201,10 @@ def promote(
 
 
 def publish_variants(config: ServeConfig) -> list[str]:
-    """Publish every variant that is there, and promote one; what failed, one sentence each.
+    """Publish every variant that is there, and promote one; one sentence for each failure.
 
-    A variant that fails leaves what is served of it as it was, and the others go on. All must
-    stand for one trained network, that of the first variant that is there.
+    A variant that fails keeps its served version, and the others go on. All must come from one
+    trained network, that of the first variant that is there.
 
     Raises:
         OSError: The repository cannot be written.
@@ -240,10 +240,9 @@ def publish_variants(config: ServeConfig) -> list[str]:
 def write_encoded(repository: Path, keep_versions: int = 2) -> None:
     """Publish `chestct_encoded` and its first step for the served version of `chestct`.
 
-    The ensemble takes `file`, the bytes of a PNG, JPEG or DICOM file, and answers what `chestct`
-    does and what a caller would have to look up or could not know: the labels in the order of the
-    probabilities, the threshold of the domain distance, the notice, and the reasons that only the
-    file tells. Labels, window and threshold are those of `chestct`, as its parameters.
+    The ensemble takes `file`, the bytes of a PNG, JPEG or DICOM file. To the outputs of `chestct`
+    it adds the labels in the order of the probabilities, the threshold of the domain distance, the
+    notice, and the reasons that speak against the file.
 
     Raises:
         ValueError: There is no `chestct` in the repository.

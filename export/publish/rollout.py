@@ -29,7 +29,7 @@ from export.check.parity import ParityConfig, Tolerance, check_parity, compare
 from export.check.runners import ENGINES, Outputs, Runner, run_all, triton_runner
 from export.convert.onnx import OnnxConfig, write_onnx
 from export.publish.admin import ADMIN_KEY, SETTLE_S, TritonAdmin
-from export.publish.config_pbtxt import facts_of_config
+from export.publish.config_pbtxt import engine_of, facts_of_config
 from export.publish.repository import (
     promote,
     roll_back,
@@ -98,10 +98,10 @@ def roll_out(config: RolloutConfig, server: TritonAdmin, variant: str) -> dict[s
 
     Order: the stored parity report, loading beside the old version (Triton runs the warm-up
     batches), a real inference, parity over the wire with the file itself, the golden set against
-    what is served, the switch, and the same answers again from `chestct`.
+    the served version, the switch, and the same answers again from `chestct`.
 
     Raises:
-        ValueError: One of these fails; what was served is served.
+        ValueError: One of these fails; the version served before is served.
         chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
         OSError: The server does not answer, or the repository cannot be written.
     """
@@ -145,7 +145,7 @@ def undo(config: RolloutConfig, server: TritonAdmin) -> int:
     """Serve the version before again; returns its number.
 
     Raises:
-        ValueError: There is none, or Triton refuses it; what was served is served.
+        ValueError: There is none, or Triton refuses it; the version served before is served.
         OSError: The server does not answer, or the repository cannot be written.
     """
     version = _switch(config, server, lambda: roll_back(config.repository / MODEL_NAME))
@@ -154,7 +154,7 @@ def undo(config: RolloutConfig, server: TritonAdmin) -> int:
 
 
 def status(server: TritonAdmin) -> dict[str, Any]:
-    """What the server says of the model that it serves: version, run, data hash, commit.
+    """The served model: version, training run, data hash, commit.
 
     Raises:
         chestct.errors.ChestCTError: The server fails or does not keep the contract.
@@ -180,9 +180,8 @@ def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: st
     """
     folder = Path("results/rollout") / model_folder(model).name
     write_onnx(OnnxConfig(model=model, output=folder / "model.onnx"))
-    engine = (
-        serve_config.models()["fp32"].engine if "fp32" in serve_config.variants else "onnxruntime"
-    )
+    models = serve_config.models()
+    engine = models["fp32"].engine if "fp32" in models else "onnxruntime"
     verdict = check_parity(
         ParityConfig(variant=folder, engines=(engine,), model=model, scans=config.scans)
     )
@@ -238,22 +237,16 @@ def _golden_set(config: RolloutConfig, source: Path) -> ScanSet:
     if config.golden not in sets or not len(sets[config.golden]):
         raise ValueError(f"golden is {config.golden!r}; expected a split with scans: {list(sets)}")
     scans = sets[config.golden]
-    chosen = evenly_spread(len(scans), config.most_golden)
-    return ScanSet(
-        scans.pixels[chosen],
-        scans.labels[chosen],
-        scans.groups[chosen],
-        tuple(scans.paths[index] for index in chosen),
-        scans.names,
-    )
+    keep = np.zeros(len(scans), bool)
+    keep[evenly_spread(len(scans), config.most_golden)] = True
+    return scans.where(keep)
 
 
 def _require_same_file(source: Path, candidate: Runner, scans: ScanSet) -> None:
-    """Hold what the server answers to what the file itself answers here."""
+    """Require that the server answers as the file itself does in this process."""
     folder = _version_folder(source)
     message = served_config(folder)
-    accelerators = message.optimization.execution_accelerators.cpu_execution_accelerator
-    engine = "openvino" if any(item.name == "openvino" for item in accelerators) else "onnxruntime"
+    engine = "openvino" if engine_of(message) == "openvino" else "onnxruntime"
     exact = engine == "onnxruntime" and message.parameters["precision"].string_value == "fp32"
     report = compare(
         scans.pixels,
@@ -363,7 +356,7 @@ def _discard_candidate(config: RolloutConfig, server: TritonAdmin) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve another version in a running Triton, or the one before again; results on stdout."""
+    """Serve another version in a running Triton, or the version before; results on stdout."""
     parser = command_parser("export rollout", main.__doc__, "configs/rollout.yaml")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--variant", help="roll out this published variant")
@@ -375,7 +368,9 @@ def main(argv: list[str] | None = None) -> int:
         help="export this model of MLflow, without a value the champion, and roll it out",
     )
     what.add_argument("--roll-back", action="store_true", help="serve the version before again")
-    what.add_argument("--status", action="store_true", help="what is served, and where it is from")
+    what.add_argument(
+        "--status", action="store_true", help="show the served version and its training run"
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="http:// or https://")
     parser.add_argument("--serve-config", type=Path, default=Path("configs/serve.yaml"))
     for name, text in (

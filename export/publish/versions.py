@@ -76,7 +76,7 @@ def set_served_version(folder: Path, version: int) -> None:
     Raises:
         OSError: The repository cannot be written.
     """
-    # config.pbtxt last: until then publishing again starts anew.
+    # config.pbtxt last: until then publishing again starts from the beginning.
     on_cpu = folder / str(version) / "cpu.pbtxt"
     if on_cpu.is_file():
         with replaced(folder / "configs" / "cpu.pbtxt") as temporary:

@@ -15,21 +15,9 @@ from serving.local.process import HOST
 ADMIN_HEADER = "admin-key"
 PROBE_TIMEOUT_S = 30.0
 _READY_TIMEOUT_S = 5.0
-_ELEMENT_BYTES = {
-    "BOOL": 1,
-    "UINT8": 1,
-    "UINT16": 2,
-    "UINT32": 4,
-    "UINT64": 8,
-    "INT8": 1,
-    "INT16": 2,
-    "INT32": 4,
-    "INT64": 8,
-    "FP16": 2,
-    "BF16": 2,
-    "FP32": 4,
-    "FP64": 8,
-    "BYTES": 4,  # an empty string: its length, 0, as four bytes
+_ELEMENT_BYTES = {"BOOL": 1, "BYTES": 4}  # of an empty string: its length, 0, as four bytes
+_ELEMENT_BYTES |= {
+    f"{kind}{bits}": bits // 8 for kind in ("UINT", "INT", "FP", "BF") for bits in (8, 16, 32, 64)
 }
 
 

@@ -68,6 +68,16 @@ def _failed_loads(log: str) -> list[str]:
     return reasons
 
 
+def log_path(run_directory: Path) -> Path:
+    """The log of the server with this run directory."""
+    return run_directory / "server.log"
+
+
+def shm_prefix(run_directory: Path) -> str:
+    """Start of the names of the server's shared memory."""
+    return f"{run_directory.name}-"
+
+
 class ServerProcess:
     """A running `tritonserver` behind its guard process (`serving.local.guard`).
 
@@ -82,10 +92,7 @@ class ServerProcess:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        *,
         run_directory: Path,
-        log_path: Path,
-        shm_prefix: str,
         exit_timeout_s: float,
     ) -> None:
         """Starts the process; it is not ready yet.
@@ -93,9 +100,7 @@ class ServerProcess:
         Args:
             command: Command line of the server.
             environment: Its environment variables.
-            run_directory: Folder that the guard removes if this process is killed.
-            log_path: File that the log is appended to.
-            shm_prefix: Start of the names of the server's shared memory.
+            run_directory: Folder of the log, which the guard removes if this process is killed.
             exit_timeout_s: How long the server may take to drain.
 
         Raises:
@@ -106,12 +111,12 @@ class ServerProcess:
             "environment": dict(environment),
             "parent_pid": os.getpid(),
             "kill_after_s": exit_timeout_s + KILL_MARGIN_S,
-            "shm_prefix": shm_prefix,
+            "shm_prefix": shm_prefix(run_directory),
             "run_directory": str(run_directory),
         }
         self._exit_timeout_s = exit_timeout_s
-        self._log_path = log_path
-        with log_path.open("ab") as log:
+        self._log_path = log_path(run_directory)
+        with self._log_path.open("ab") as log:
             self._log_start = log.tell()
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", guard.__file__],

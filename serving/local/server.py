@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 from serving.local.health import ADMIN_HEADER, PROBE_TIMEOUT_S, HealthProbe
 from serving.local.installation import (
@@ -34,6 +33,8 @@ from serving.local.process import (
     check_free,
     explain,
     free_ports,
+    log_path,
+    shm_prefix,
 )
 from serving.local.tls import Certificates, start_nginx, stop_nginx
 
@@ -65,7 +66,6 @@ class LocalTriton:
         grpc_port: int = 0,
         metrics_port: int = 0,
         environment: Path = ENVIRONMENT,
-        control_mode: Literal["none", "poll", "explicit"] = "none",
         models: Sequence[str] = (),
         ready_timeout_s: float = 120.0,
         exit_timeout_s: float = 15.0,
@@ -81,21 +81,15 @@ class LocalTriton:
             grpc_port: Port of gRPC.
             metrics_port: Port of the Prometheus metrics.
             environment: Virtual environment with `serving/requirements.txt`.
-            control_mode: `none` loads everything once, `poll` follows changes of the repository,
-                `explicit` loads what `models` or the admin API asks for.
-            models: Names of the models to load, which makes the mode `explicit`; empty for all.
+            models: Names of the models to load, which lets the admin API load and unload others;
+                empty for all, once.
             ready_timeout_s: How long loading may take.
             exit_timeout_s: How long requests in flight may take on stopping.
             extra_args: Further options of `tritonserver`.
             admin_key: Key of the admin APIs; a random one by default.
             certificates: TLS for gRPC and HTTP; HTTP needs nginx on this machine, and Triton's own
                 port stays open in plain text on 127.0.0.1, for nginx and for the checks.
-
-        Raises:
-            ValueError: `models` with the control mode `poll`, which loads every model.
         """
-        if models and control_mode == "poll":
-            raise ValueError("models: the control mode poll loads all; expected none or explicit")
         self._repository = model_repository
         self._wanted_ports = {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port}
         if certificates is not None:
@@ -104,7 +98,6 @@ class LocalTriton:
         self._nginx: subprocess.Popen[bytes] | None = None
         self._ports = dict(self._wanted_ports)
         self._environment = environment
-        self._control_mode = "explicit" if models else control_mode
         self._models = tuple(models)
         self._ready_timeout_s = ready_timeout_s
         self._exit_timeout_s = exit_timeout_s
@@ -147,7 +140,7 @@ class LocalTriton:
         """
         if self._run_directory is None:
             raise LocalTritonError("Triton is not started")
-        return self._run_directory / "server.log"
+        return log_path(self._run_directory)
 
     def __enter__(self) -> LocalTriton:
         self.start()
@@ -168,8 +161,7 @@ class LocalTriton:
             LocalTritonError: It does not start; the message names the port, the model or the
                 package at fault.
         """
-        if self._models or self._control_mode != "explicit":
-            check_repository(self._repository, self._models)
+        check_repository(self._repository, self._models)
         self._installation = find_installation(self._environment)
         self._uses_gpu = uses_gpu(self._environment)
         if os.environ.get("DEVICE") == "gpu" and not self._uses_gpu:
@@ -258,7 +250,7 @@ class LocalTriton:
             return ["the server process has ended"]
         try:
             models = self._probe.models()
-            if not models and self._control_mode != "explicit":
+            if not models and not self._models:
                 return ["no model is ready"]
             absent = [name for name in self._models if name not in dict(models)]
             if absent:
@@ -316,9 +308,8 @@ class LocalTriton:
         installation, run_directory = self._installation, self._run_directory
         if installation is None or run_directory is None:
             raise LocalTritonError("Triton is not started")
-        shm_prefix = f"{run_directory.name}-"
         process = self._process = ServerProcess(
-            self._command(installation, run_directory, shm_prefix),
+            self._command(installation, run_directory),
             {
                 "HOME": os.environ.get("HOME", "/"),
                 "PATH": f"{installation.bin}:{os.environ.get('PATH', os.defpath)}",
@@ -326,10 +317,8 @@ class LocalTriton:
                 **{k: v for k, v in os.environ.items() if k.startswith(("CUDA_", "NVIDIA_"))},
                 **({} if self._uses_gpu else {"CUDA_VISIBLE_DEVICES": "-1"}),
             },
-            run_directory=run_directory,
-            log_path=self.log_path,
-            shm_prefix=shm_prefix,
-            exit_timeout_s=self._exit_timeout_s,
+            run_directory,
+            self._exit_timeout_s,
         )
         try:
             self._wait_until_ready(process)
@@ -337,22 +326,19 @@ class LocalTriton:
             process.end()
             raise
 
-    def _command(
-        self, installation: Installation, run_directory: Path, shm_prefix: str
-    ) -> list[str]:
+    def _command(self, installation: Installation, run_directory: Path) -> list[str]:
         restricted = f"{_RESTRICTED}:{ADMIN_HEADER}={self.admin_key}"
         return [
             str(installation.server / "bin" / "tritonserver"),
             f"--model-repository={plain_path(self._repository, run_directory / 'models')}",
-            f"--model-control-mode={self._control_mode}",
-            *(["--repository-poll-secs=1"] if self._control_mode == "poll" else []),
+            f"--model-control-mode={'explicit' if self._models else 'none'}",
             *(f"--load-model={name}" for name in self._models),
             # The exported configs are complete, and guessing costs each model a second.
             "--disable-auto-complete-config",
             *([] if self._uses_gpu else ["--model-config-name=cpu"]),
             f"--backend-directory={run_directory / 'backends'}",
             f"--cache-directory={installation.server / 'caches'}",
-            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix(run_directory)}",
             "--backend-config=python,shm-default-byte-size=4194304",
             f"--http-address={HOST}",
             f"--http-port={self._ports['HTTP']}",

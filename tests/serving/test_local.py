@@ -348,8 +348,6 @@ def test_named_model_that_is_not_there(repository: Path, environment: Path) -> N
         server.start()
     with pytest.raises(LocalTritonError, match="does not run"):
         server.peak_memory_mb()
-    with pytest.raises(ValueError, match="poll loads all"):
-        LocalTriton(repository, models=["whole"], control_mode="poll")
 
 
 def test_named_model_that_does_not_load_is_told_with_its_reason(
