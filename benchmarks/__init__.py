@@ -1,1 +1,1 @@
-"""What the rooms cost and what they give, measured side by side."""
+"""Benchmarks of engines, servers, training and the web page, measured side by side."""

@@ -1,4 +1,4 @@
-"""How near `chestct classify` comes to what decoding alone and the server alone would allow."""
+"""`chestct classify` against the limits set by decoding alone and by the server alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.latency import interval_in_words
 from benchmarks.layouts import Layout, write_layouts
 from benchmarks.variants import Variant, median_interval
 from chestct.batch.pipeline import classify_sources, decode_source, new_workers
@@ -87,7 +86,7 @@ def near_limits(
 
 @contextlib.contextmanager
 def _only_on(allowed: Set[int]) -> Iterator[None]:
-    """What this thread starts meanwhile, threads and processes, runs on these cores alone."""
+    """Restrict this thread, and threads and processes that it starts, to some cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, allowed)
     try:
@@ -150,21 +149,3 @@ def _row(turns: Sequence[dict[str, float]], place: str) -> dict[str, Any]:
     rates["bound"] = statistics.median(bounds)
     parts = [turn["both"] / bound for turn, bound in zip(turns, bounds, strict=True)]
     return {name: round(rate, 1) for name, rate in rates.items()} | {"part": median_interval(parts)}
-
-
-def limits_in_words(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows as lines of Markdown."""
-    lines = [
-        "",
-        "`chestct classify` against what decoding alone and the server alone allow, scans/s; "
-        + "; ".join(f"{place}: {text}" for place, text in PLACES.items())
-        + ":",
-        "",
-        "| cores | variant | decoding | server | they allow | both at once | part |",
-        "|" + " --- |" * 7,
-    ]
-    return lines + [
-        f"| {row['place']} | {row['variant']} | {row['decode']:.1f} | {row['server']:.1f} "
-        f"| {row['bound']:.1f} | {row['both']:.1f} | {interval_in_words(row['part'])} |"
-        for row in rows
-    ]

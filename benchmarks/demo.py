@@ -1,4 +1,4 @@
-"""`make demo`: the pipeline on phantoms, then serve, classify a directory, and sum it up."""
+"""Demo: run the pipeline on phantoms, serve the model, classify a directory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.latency import interval_in_words, place_in_words
+from benchmarks.environment import describe_environment
+from benchmarks.variants import describe_interval
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.inference.client import ScanClient
-from export.check.parity import (
-    Outputs,
-    ParityReport,
-    Runner,
-    Tolerance,
-    compare,
-    keras_runner,
-    triton_runner,
-)
+from export.check.parity import ParityReport, Tolerance, compare
+from export.check.runners import Outputs, Runner, keras_runner, triton_runner
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import run_command
@@ -97,7 +91,7 @@ def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -
 
 @dataclass(frozen=True)
 class Served:
-    """What clients got for one folder, and how far that is from Keras.
+    """Answers that clients got for one folder, and their distance from Keras.
 
     Attributes:
         over_grpc: JSON lines of the model `chestct`.
@@ -158,8 +152,8 @@ def serve_and_classify(scans: Path) -> Served:
     return Served(over_grpc, over_http, precision, exact, promoted, facts.labels)
 
 
-def in_words(served: Served, scans: Path) -> list[str]:
-    """What was served and classified, a sentence each."""
+def describe_served(served: Served, scans: Path) -> list[str]:
+    """The served model and the classified scans, a sentence each."""
     readable = [line for line in served.over_grpc if line["status"] == "ok"]
     folders = [Path(line["path"]).parent.name for line in readable]
     right = sum(line["label"] == folder for line, folder in zip(readable, folders, strict=True))
@@ -171,7 +165,7 @@ def in_words(served: Served, scans: Path) -> list[str]:
     difference = largest_difference(served.over_grpc, served.over_http)
     promoted = served.promoted
     error = next(item for item in promoted.errors if item.output == "probabilities")
-    exact = "no FP32 model is served" if served.exact is None else served.exact.in_words()
+    exact = "no FP32 model is served" if served.exact is None else served.exact.describe()
     return [
         f"Served:     by a real Triton; {exact}.",
         f"Promoted:   {MODEL_NAME} is {served.precision}; it gives Keras' label to "
@@ -193,7 +187,7 @@ def short_table(latency: dict[str, Any]) -> list[str]:
             f"{row['p50_ms']:.1f}",
             f"{row['times_faster_than_keras_predict']:.2f} x",
             f"{row['times_faster_than_keras_compiled']:.2f} x",
-            interval_in_words(row["accuracy"]),
+            describe_interval(row["accuracy"]),
         )
         for row in rows
     ]
@@ -208,8 +202,8 @@ def short_table(latency: dict[str, Any]) -> list[str]:
     ]
 
 
-def pipeline_in_words() -> list[str]:
-    """What the pipeline left: scores, a sentence each, and the latency table."""
+def describe_pipeline() -> list[str]:
+    """Results of the pipeline: scores, a sentence each, and the latency table."""
     source = json.loads(Path("data/ingest.json").read_text())["source"]
     latency = json.loads(LATENCY.read_text())
     lines = []
@@ -228,12 +222,12 @@ def pipeline_in_words() -> list[str]:
                 else "within its gate"
             )
             lines.append(f"Compressed: student {point['name']} is {said}.")
-    place = place_in_words(latency["environment"])
+    place = describe_environment(latency["environment"])
     return ["Latency:    one scan a request; " + place, "", *short_table(latency), "", *lines]
 
 
 def serve(scans: Path, output: Path) -> str:
-    """Serve, classify `scans`, write lines and parity report into `output`; the result in words.
+    """Serve, classify `scans`, write lines and parity report into `output`; returns the summary.
 
     Raises:
         ValueError: Nothing is trained, or an FP32 model and Keras differ.
@@ -250,8 +244,8 @@ def serve(scans: Path, output: Path) -> str:
     write_json(output / "parity.json", {name: item.to_json() for name, item in reports.items()})
     for report in reports.values():
         if not report:
-            raise ValueError(report.in_words())
-    said = [*pipeline_in_words(), *in_words(served, scans)]
+            raise ValueError(report.describe())
+    said = [*describe_pipeline(), *describe_served(served, scans)]
     return "\n".join(said) + "\n"
 
 
@@ -282,7 +276,7 @@ def measure_latency(screen: Screen, record: Path) -> None:
 
 
 def whole(scans: Path, output: Path) -> str:
-    """Run the pipeline, then `serve` as one more stage on the screen; the result in words.
+    """Run the pipeline, then `serve` as one more stage on the screen; returns the summary.
 
     Raises:
         training.pipeline.StageFailedError: A stage failed.

@@ -1,4 +1,4 @@
-"""What it costs to let the server decode: a whole file to `chestct_encoded`, or decoded here."""
+"""Decoding by the server (`chestct_encoded`) against decoding by the client, in milliseconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from benchmarks.variants import median_interval
 from chestct.imaging.prepare import inspect_scan
 from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
-from export.publish.repository import ENCODED, served_version
+from export.publish.settings import ENCODED
+from export.publish.versions import served_version
 from serving.local import LocalTriton
 
 MOST_FILES = 40
@@ -90,7 +91,7 @@ def compare_encoded(
     }
 
 
-def encoded_in_words(result: dict[str, Any]) -> str:
+def describe_encoded(result: dict[str, Any]) -> str:
     """The comparison as one sentence."""
     more = result["difference_ms"]
     return (

@@ -1,4 +1,4 @@
-"""What runs a model inside this process: the two Keras baselines, ONNX Runtime and OpenVINO.
+"""Engines inside this process: the two Keras baselines, ONNX Runtime and OpenVINO.
 
 Little is imported here, because the cold start of an engine is measured by a process that imports
 this module.

@@ -1,4 +1,4 @@
-"""On what a figure was measured: it stands beside every result."""
+"""Environment of a measurement: CPU, memory, GPU, versions, commit."""
 
 from __future__ import annotations
 
@@ -49,6 +49,14 @@ def environment(server: Path = Path(".venv-triton")) -> dict[str, Any]:
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def describe_environment(place: dict[str, Any]) -> str:
+    """The environment of a result, as one sentence."""
+    return (
+        f"{place['cpu']} ({' '.join(place['cpu_flags'])}), {place['cores']} cores, GPU: "
+        f"{place['gpu'] or 'none'}; commit {place['commit'][:12]}, {place['date']}."
+    )
 
 
 def cores() -> int:

@@ -1,38 +1,32 @@
-"""How long one request takes: Keras, ONNX Runtime, OpenVINO and Triton, every variant, one run."""
+"""Measure the latency of one request: Keras, ONNX Runtime, OpenVINO and Triton, every variant."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import random
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
-from benchmarks.encoded import compare_encoded, encoded_in_words
-from benchmarks.engines import BASELINES, ENGINES, Infer, Scans, first_answer, open_engine
+from benchmarks.encoded import compare_encoded
+from benchmarks.engines import BASELINES, ENGINES, first_answer, open_engine
 from benchmarks.environment import CPU_FLAGS, environment
 from benchmarks.pareto import write_plot
-from benchmarks.server import (
-    answers_of,
-    first_served_answer,
-    statistics_after,
-    statistics_of,
-)
+from benchmarks.reports import latency_report
+from benchmarks.rounds import METHOD, Subject, Timing, run_rounds, share_of_server
+from benchmarks.server import first_served_answer, predictions_of
 from benchmarks.variants import (
     MeasuredConfig,
     Variant,
     find_variants,
-    median_interval,
     read_curve,
     scores_of,
 )
@@ -49,16 +43,8 @@ from training.network.vgg16 import load_trained
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 0.02  # idle worker threads of the engine before spin for a few milliseconds
-MOST_REPEATS = 12
-TURN_MS = 120.0  # the timed requests of a turn take up to about this long, if they are several
 FILE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # DICOM files need no suffix
 PROTOCOLS = ("triton_grpc", "triton_http", "triton_grpc_shm")
-METHOD = (
-    "interleaved rounds in random order; a turn is one to twelve untimed requests, the faster the "
-    "more, and then as many timed ones; times are of one request; Triton's share is the median "
-    "over rounds of the difference to the same engine in-process in the same round"
-)
 
 
 @config_class
@@ -80,78 +66,10 @@ class LatencyConfig(MeasuredConfig):
     cold_starts: NonNegativeInt = 2
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is timed.
-
-    Attributes:
-        engine: `keras_predict`, `openvino`, `triton_grpc`, ...
-        variant: Name of the variant.
-        infer: Answers one request.
-        runs_on: For Triton, the engine inside it; else the engine itself.
-        model: For Triton, the name of the model.
-    """
-
-    engine: str
-    variant: str
-    infer: Infer
-    runs_on: str
-    model: str | None = None
-
-
-@dataclass
-class Timing:
-    """What was measured of one subject at one batch size; times in milliseconds a request.
-
-    `rounds` holds the timed requests of each round. `server_ms` holds, for a server and each
-    round, the time of a request in the queue, in computing, and the rest: the wire, with what
-    client and server do to put tensors on it.
-    """
-
-    rounds: list[list[float]] = field(default_factory=list)
-    server_ms: list[dict[str, float]] = field(default_factory=list)
-
-    def row(self, batch: int, decode_ms: float) -> dict[str, Any]:
-        """The times of a row; parts that the engine does not have are left out."""
-        times = [ms for turn in self.rounds for ms in turn]
-        p50, p90, p99 = (float(q) for q in np.percentile(times, [50, 90, 99]))
-        parts = {"decode": decode_ms * batch}
-        if self.server_ms:
-            for part in ("wire", "queue", "compute"):
-                parts[part] = statistics.median(item[part] for item in self.server_ms)
-        return {
-            "n": len(times),
-            "p50_ms": round(p50, 3),
-            "p90_ms": round(p90, 3),
-            "p99_ms": round(p99, 3),
-            "min_ms": round(min(times), 3),
-            "scans_per_s": round(1000 * batch / p50, 2),
-            "parts_ms": {part: round(value, 3) for part, value in parts.items()},
-        }
-
-
-def share_of_server(served: Timing, in_process: Timing) -> dict[str, dict[str, float]]:
-    """What a server adds to its engine, `ms` and `percent`, each a median with 95 % interval.
-
-    Paired by round: both answered the same scans within the same seconds, so a slow moment of the
-    machine cancels out, as it would not between two medians.
-    """
-    pairs = [
-        (statistics.median(over), statistics.median(under))
-        for over, under in zip(served.rounds, in_process.rounds, strict=True)
-    ]
-    return {
-        "ms": median_interval([over - under for over, under in pairs]),
-        "percent": median_interval([100 * (over / under - 1) for over, under in pairs]),
-    }
-
-
 def measure(config: LatencyConfig) -> dict[str, Any]:
     """Environment and one row for each engine, variant and batch size, from one interleaved run.
 
-    In every round each subject gets a turn on the same scans, in an order drawn anew, so that a
-    slow moment of the machine falls on all of them. Accuracy, memory and cold start are taken
-    before and after, not meanwhile.
+    Accuracy, memory and cold start are taken before and after the rounds, not meanwhile.
 
     Raises:
         ValueError: Model, variants, repository or scans are missing or do not belong together.
@@ -173,13 +91,21 @@ def measure(config: LatencyConfig) -> dict[str, Any]:
             server = stack.enter_context(LocalTriton(config.repository, models=names))
             subjects += _over_the_wire(config, served, server, stack)
             url = server.http_url
-        worth = _worth(subjects, labelled)
+        scores = _scores(subjects, labelled)
         rows = []
         for batch in config.rounds:
-            timings = _run_rounds(config, subjects, batch, scans, url)
+            timings = run_rounds(
+                subjects,
+                scans,
+                batch,
+                rounds=config.rounds[batch],
+                limit_s=config.limit_s,
+                seed=config.seed,
+                http_url=url,
+            )
             rows += _rows(subjects, timings, batch, decode_ms)
     for row in rows:
-        row |= worth[row["runs_on"], row["variant"]]
+        row |= scores[row["runs_on"], row["variant"]]
     if config.cold_starts:
         _add_footprints(config, rows, variants)
     return {
@@ -259,69 +185,20 @@ def _over_the_wire(
             ScanClient(server.grpc_url, name, shared_memory="on"),
         )
         for protocol, client in zip(PROTOCOLS, clients, strict=True):
-            infer = answers_of(stack.enter_context(client))
+            infer = predictions_of(stack.enter_context(client))
             yield Subject(protocol, variant.name, infer, settings["engine"], name)
 
 
-def _worth(subjects: list[Subject], labelled: ScanSet) -> dict[tuple[str, str], dict[str, Any]]:
+def _scores(subjects: list[Subject], labelled: ScanSet) -> dict[tuple[str, str], dict[str, Any]]:
     """Scores of each engine on each variant, computed once by engine and not once by protocol."""
-    worth: dict[tuple[str, str], dict[str, Any]] = {}
+    scores: dict[tuple[str, str], dict[str, Any]] = {}
     for subject in subjects:
         key = (subject.runs_on, subject.variant)
-        if key not in worth and subject.engine != "keras_predict":
-            worth[key] = scores_of(subject.infer, labelled, f"score {' '.join(key)}")
+        if key not in scores and subject.engine != "keras_predict":
+            scores[key] = scores_of(subject.infer, labelled, f"score {' '.join(key)}")
     # The same network in the same library, which takes long by `predict`.
-    worth["keras_predict", "fp32"] = worth["keras_compiled", "fp32"]
-    return worth
-
-
-def _run_rounds(
-    config: LatencyConfig, subjects: list[Subject], batch: int, scans: Scans, http_url: str
-) -> list[Timing]:
-    order = random.Random(config.seed)
-    timings = [Timing() for _ in subjects]
-    repeats = [_repeats(subject, scans[:batch]) for subject in subjects]
-    deadline = time.monotonic() + config.limit_s
-    rounds = config.rounds[batch]
-    for number in tqdm(range(rounds), f"rounds of batch {batch}", disable=None):
-        chosen = np.take(scans, range(number * batch, (number + 1) * batch), axis=0, mode="wrap")
-        for place in order.sample(range(len(subjects)), len(subjects)):
-            _turn(subjects[place], timings[place], chosen, repeats[place], http_url)
-        if time.monotonic() > deadline:
-            logger.info("batch %d: %d of %d rounds, limit_s is over", batch, number + 1, rounds)
-            break
-    return timings
-
-
-def _repeats(subject: Subject, scans: Scans) -> int:
-    subject.infer(scans)
-    started = time.perf_counter()
-    subject.infer(scans)
-    elapsed_ms = 1000 * (time.perf_counter() - started)
-    return max(1, min(MOST_REPEATS, int(TURN_MS / elapsed_ms)))
-
-
-def _turn(subject: Subject, timing: Timing, scans: Scans, repeats: int, http_url: str) -> None:
-    model = subject.model
-    untouched = statistics_of(http_url, model) if model else None
-    for _ in range(repeats):  # the caches are another subject's
-        subject.infer(scans)
-    before = statistics_after(http_url, model, untouched, repeats) if model and untouched else None
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter_ns()
-        subject.infer(scans)
-        times.append((time.perf_counter_ns() - started) / 1e6)
-    timing.rounds.append(times)
-    if model and before:
-        after = statistics_after(http_url, model, before, repeats)
-        parts = {
-            part: (after[f"{part}_ns"] - before[f"{part}_ns"]) / 1e6 / repeats
-            for part in ("queue", "compute")
-        }
-        parts["wire"] = statistics.mean(times) - sum(parts.values())
-        timing.server_ms.append(parts)
-    time.sleep(PAUSE_S)
+    scores["keras_predict", "fp32"] = scores["keras_compiled", "fp32"]
+    return scores
 
 
 def _rows(
@@ -392,107 +269,6 @@ def decode_ms_by_kind(folder: Path) -> dict[str, list[float]]:
     return times
 
 
-def place_in_words(place: dict[str, Any]) -> str:
-    """The environment of a result, as one sentence."""
-    return (
-        f"{place['cpu']} ({' '.join(place['cpu_flags'])}), {place['cores']} cores, GPU: "
-        f"{place['gpu'] or 'none'}; commit {place['commit'][:12]}, {place['date']}."
-    )
-
-
-def interval_in_words(interval: dict[str, float | None]) -> str:
-    """A value with its interval, `0.990 (0.981 to 0.998)`."""
-    if interval["value"] is None or interval["low"] is None:
-        return "undefined"
-    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as tables: speed with accuracy, one for each batch size; parts; footprint."""
-    rows = result["rows"]
-    lines = [place_in_words(result["environment"]) + f" {result['method']}.", ""]
-    for batch in dict.fromkeys(row["batch"] for row in rows):
-        lines += [*speed_table(result, batch), ""]
-    lines += _parts_table([row for row in rows if "wire" in row["parts_ms"]])
-    if "cold_start_s" in rows[0]:
-        lines += [
-            "Footprint: cold start is from starting the process to its first answer; peak memory "
-            f"after a request of {max(row['batch'] for row in rows)} scans:",
-            "",
-            "| engine | variant | model MB | cold start s | peak memory MB |",
-            "|" + " --- |" * 5,
-        ]
-        lines += [
-            f"| {_engine(row)} | {row['variant']} | {row['model_mb']:.1f} "
-            f"| {row['cold_start_s']:.2f} | {row['peak_memory_mb']:.0f} |"
-            for row in rows
-            if row["batch"] == rows[0]["batch"] and row["engine"] not in PROTOCOLS[1:]
-        ]
-        lines.append("")
-    decode = ", ".join(
-        f"{item['p50_ms']:.1f} ms for {kind} (n = {item['n']})"
-        for kind, item in result["decode"].items()
-    )
-    lines.append(
-        f"Decoding one file to a scan comes on top: {decode}. The run took {result['minutes']} "
-        "minutes."
-    )
-    if result.get("encoded"):
-        lines.append(encoded_in_words(result["encoded"]))
-    lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def speed_table(result: dict[str, Any], batch: int) -> list[str]:
-    """The lines of a table of the rows at one batch size, speed beside accuracy."""
-    lines = [
-        f"Batch {batch}, times of a request; accuracy on {result['scored_on']}, 95 % intervals:",
-        "",
-        "| engine | variant | n | p50 ms | p99 ms | scans/s | against predict "
-        "| against tf.function | accuracy | macro AUROC |",
-        "|" + " --- |" * 10,
-    ]
-    return lines + [
-        f"| {_engine(row)} | {row['variant']} | {row['n']} | {row['p50_ms']:.1f} "
-        f"| {row['p99_ms']:.1f} | {row['scans_per_s']:.1f} "
-        f"| {row['times_faster_than_keras_predict']:.2f} x "
-        f"| {row['times_faster_than_keras_compiled']:.2f} x "
-        f"| {interval_in_words(row['accuracy'])} | {interval_in_words(row['macro_auroc'])} |"
-        for row in result["rows"]
-        if row["batch"] == batch
-    ]
-
-
-def _engine(row: dict[str, Any]) -> str:
-    inside = row["engine"] in PROTOCOLS
-    return f"{row['engine']} ({row['runs_on']})" if inside else str(row["engine"])
-
-
-def _parts_table(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    lines = [
-        "Parts of a request to Triton, medians in ms, and what Triton adds to the same engine "
-        "in-process, paired by round, with 95 % interval:",
-        "",
-        "| protocol | variant | batch | wire | queue | compute | Triton's share ms | % |",
-        "|" + " --- |" * 8,
-    ]
-    for row in rows:
-        parts, share = row["parts_ms"], row.get("share_of_triton")
-        texts = ["not measured", ""]
-        if share:
-            texts = [
-                f"{item['value']:.1f} ({item['low']:.1f} to {item['high']:.1f})"
-                for item in (share["ms"], share["percent"])
-            ]
-        lines.append(
-            f"| {row['engine']} | {row['variant']} | {row['batch']} | {parts['wire']:.2f} "
-            f"| {parts['queue']:.2f} | {parts['compute']:.2f} | {' | '.join(texts)} |"
-        )
-    return [*lines, ""]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure the latency of one request against the Keras baselines."""
     parser = command_parser("benchmarks latency", main.__doc__, "configs/latency.yaml")
@@ -504,9 +280,10 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         result = measure(load_config(LatencyConfig, arguments.config))
         write_json(arguments.output, result)
+        report = latency_report(result)
         with replaced(arguments.output.with_suffix(".md")) as temporary:
-            temporary.write_text(markdown(result), encoding="utf-8")
+            temporary.write_text(report, encoding="utf-8")
         write_plot(arguments.output.with_suffix(".png"), result)
-        sys.stdout.write(markdown(result))
+        sys.stdout.write(report)
 
     return run_command(work, errors=(LocalTritonError,))

@@ -1,4 +1,4 @@
-"""The plot of speed against worth: latency of one scan against macro AUROC."""
+"""Plot of the latency of one scan against macro AUROC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Has a new measurement fallen behind the committed one? Compares ratios, never times."""
+"""Compare a new measurement with the committed one, by ratios and never by times."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""A running Triton as a subject of measurement: its own statistics and its cold start."""
+"""A running Triton under measurement: its own statistics and its cold start."""
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +10,18 @@ import numpy as np
 from benchmarks.engines import Infer
 from chestct.contract import SCAN_SHAPE
 from chestct.inference.client import ScanClient
-from chestct.inference.proxies import url_opener
 from serving.local import LocalTriton
 
 COUNTED_WITHIN_S = 5.0
 
 
-def answers_of(client: ScanClient) -> Infer:
-    """A function from scans, uint8 (N, 224, 224, 1), to what a served model answers, by name."""
+def predictions_of(client: ScanClient) -> Infer:
+    """A function from scans, uint8 (N, 224, 224, 1), to the outputs of a served model, by name."""
     return lambda scans: vars(client.classify(scans))
 
 
 def statistics_of(http_url: str, model: str) -> dict[str, int]:
-    """What Triton has counted for a model: requests, scans, executions, and nanoseconds by part.
+    """Triton's counters of a model: requests, scans, executions, and nanoseconds by part.
 
     `queue_ns` and `compute_ns` are sums over requests; the latter holds Triton's compute_input,
     compute_infer and compute_output.
@@ -33,13 +30,14 @@ def statistics_of(http_url: str, model: str) -> dict[str, int]:
         ValueError: The server refuses to tell.
         OSError: It does not answer.
     """
+    from tritonclient.http import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
     try:
-        url = f"{http_url}/v2/models/{model}/stats"
-        with url_opener(url).open(url, timeout=10) as answer:
-            stats = json.load(answer)["model_stats"]
-    except urllib.error.HTTPError as error:
-        with error:
-            raise ValueError(f"{http_url}: no statistics of {model}: {error}") from error
+        with InferenceServerClient(http_url.removeprefix("http://")) as client:
+            stats = client.get_inference_statistics(model)["model_stats"]
+    except InferenceServerException as error:
+        raise ValueError(f"{http_url}: no statistics of {model}: {error.message()}") from error
     totals = [item["inference_stats"] for item in stats]
     compute = ("compute_input", "compute_infer", "compute_output")
     return {

@@ -1,4 +1,4 @@
-"""How many scans a second: under load by layout of the server, and from files to JSON lines."""
+"""Measure scans a second: under load by layout of the server, and from files to JSON lines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,18 +17,15 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
-from benchmarks.batch_limits import limits_in_words, near_limits
-from benchmarks.engines import BASELINES, Infer, Scans, open_engine
+from benchmarks.batch_limits import near_limits
+from benchmarks.engines import BASELINES, Infer, open_engine
 from benchmarks.environment import environment
-from benchmarks.latency import interval_in_words, place_in_words
-from benchmarks.layouts import Layout, layouts_of, write_layouts
-from benchmarks.perf_analyzer import (
-    STABLE_WITHIN_PERCENT,
-    find_perf_analyzer,
-    perf_analyzer_rows,
-)
-from benchmarks.server import answers_of, statistics_of
-from benchmarks.variants import MeasuredConfig, Variant, find_variants, scores_of
+from benchmarks.layouts import layouts_of, write_layouts
+from benchmarks.load import Cell, load, seconds_of
+from benchmarks.perf_analyzer import find_perf_analyzer, perf_analyzer_rows
+from benchmarks.reports import throughput_report
+from benchmarks.server import predictions_of
+from benchmarks.variants import SCORES, MeasuredConfig, Variant, find_variants, scores_of
 from chestct.batch.pipeline import classify_paths
 from chestct.contract import ModelFacts
 from chestct.imaging.prepare import load_scan
@@ -59,11 +54,6 @@ FILES_METHOD = (
     "from files on disk to JSON lines in a file, decoding included, process start not; files are "
     "in the page cache; ways in random order in each pass; ratios are medians over passes"
 )
-LOOPS = {
-    "keras_predict": "loop of load_scan and model.predict",
-    "keras_compiled": "loop of load_scan and compiled tf.function",
-}
-SCORES = ("accuracy", "macro_auroc")
 Way = Callable[[list[Path], Path], None]  # classifies files and writes a line for each
 
 
@@ -99,39 +89,6 @@ class ThroughputConfig(MeasuredConfig):
     batch_passes: PositiveInt = 5
 
 
-@dataclass
-class Cell:
-    """What was measured of a layout at a concurrency, over all passes."""
-
-    latency_ms: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    scans: int = 0
-    executions: int = 0
-    client_cpu_s: float = 0.0
-
-    def row(self, layout: Layout, concurrency: int) -> dict[str, Any]:
-        """The row of the result file."""
-        p50, p99 = (float(q) for q in np.percentile(self.latency_ms, [50, 99]))
-        return {
-            "variant": layout.variant,
-            "instances": layout.instances,
-            "threads": layout.threads,
-            "dynamic_batching": layout.batching,
-            "concurrency": concurrency,
-            "n": sum(self.counts),
-            "scans_per_s": round(sum(self.counts) / sum(self.seconds), 2),
-            "scans_per_s_by_pass": [
-                round(count / seconds, 2)
-                for count, seconds in zip(self.counts, self.seconds, strict=True)
-            ],
-            "p50_ms": round(p50, 3),
-            "p99_ms": round(p99, 3),
-            "mean_batch": round(self.scans / max(self.executions, 1), 2),
-            "client_cores": round(self.client_cpu_s / sum(self.seconds), 2),
-        }
-
-
 def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[str, Any]]:
     """One row for each layout and concurrency.
 
@@ -154,9 +111,7 @@ def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[s
             layout: stack.enter_context(ScanClient(server.grpc_url, layout.model))
             for layout in layouts
         }
-        alone_s = {
-            layout: _seconds_of(client.classify, scans) for layout, client in clients.items()
-        }
+        alone_s = {layout: seconds_of(client.classify, scans) for layout, client in clients.items()}
         cells = {(layout, number): Cell() for layout in layouts for number in config.concurrency}
         order = random.Random(config.seed)
         plan = [key for _ in range(config.passes) for key in order.sample(list(cells), len(cells))]
@@ -172,74 +127,6 @@ def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[s
                 into=cells[layout, number],
             )
     return [cell.row(layout, number) for (layout, number), cell in cells.items()]
-
-
-def _seconds_of(infer: Infer, scans: Scans) -> float:
-    infer(scans[:1])
-    started = time.perf_counter()
-    infer(scans[:1])
-    return time.perf_counter() - started
-
-
-def load(
-    client: ScanClient,
-    scans: Scans,
-    concurrency: int,
-    *,
-    warm_up_s: float,
-    window_s: float,
-    http_url: str,
-    into: Cell,
-) -> None:
-    """Keep `concurrency` requests of one scan in flight, and add those of the window to a cell.
-
-    A request counts if it is answered within the window; batches and CPU time are those between
-    its ends.
-
-    Raises:
-        chestct.errors.ServerError: The first error of a worker.
-    """
-    answered: list[tuple[float, float]] = []  # when, and after how many ms
-    errors: list[Exception] = []
-    stop = threading.Event()
-
-    def work(place: int) -> None:
-        try:
-            while not stop.is_set():
-                started = time.perf_counter()
-                client.classify(scans[place % len(scans)][np.newaxis])
-                ended = time.perf_counter()
-                answered.append((ended, 1000 * (ended - started)))
-                place += concurrency
-        except Exception as error:  # raised below, in the thread that waits
-            errors.append(error)
-            stop.set()
-
-    workers = [threading.Thread(target=work, args=(place,)) for place in range(concurrency)]
-    for worker in workers:
-        worker.start()
-    try:
-        stop.wait(warm_up_s)
-        before = statistics_of(http_url, client.model)
-        began, cpu_s = time.perf_counter(), time.process_time()
-        stop.wait(window_s)
-        while not (stop.is_set() or any(when >= began for when, _ in answered)):
-            stop.wait(0.1)  # a cell without an answer would have no latency
-        ended, spent_s = time.perf_counter(), time.process_time() - cpu_s
-        after = statistics_of(http_url, client.model)
-    finally:
-        stop.set()
-        for worker in workers:
-            worker.join()
-        if errors:
-            raise errors[0]
-    inside = [ms for when, ms in answered if began <= when <= ended]
-    into.latency_ms += inside
-    into.counts.append(len(inside))
-    into.seconds.append(ended - began)
-    into.scans += after["scans"] - before["scans"]
-    into.executions += after["executions"] - before["executions"]
-    into.client_cpu_s += spent_s
 
 
 def from_files(
@@ -265,15 +152,15 @@ def from_files(
         ways = {name: _loop(infer, facts) for name, infer in answers.items()}
         for variant in variants:
             client = stack.enter_context(ScanClient(grpc_url, variant.served_as))
-            answers[variant.name] = answers_of(client)
+            answers[variant.name] = predictions_of(client)
             ways[variant.name] = _classify(client, config.batch_size)
         # The same network in the same library, which takes long by `predict`.
         del answers["keras_predict"]
         labelled = config.labelled(facts.window)
-        worth = {
+        scores = {
             name: scores_of(infer, labelled, f"score {name}") for name, infer in answers.items()
         }
-        worth["keras_predict"] = worth["keras_compiled"]
+        scores["keras_predict"] = scores["keras_compiled"]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():
             way(paths[: 2 * config.batch_size], folder / "lines.jsonl")
@@ -286,7 +173,7 @@ def from_files(
                 lines = (folder / "lines.jsonl").read_text().splitlines()
                 if len(lines) != len(paths):
                     raise ValueError(f"{name} wrote {len(lines)} lines for {len(paths)} files")
-    rows = [row | worth[row["way"]] for row in file_rows(seconds, len(paths))]
+    rows = [row | scores[row["way"]] for row in file_rows(seconds, len(paths))]
     return {
         "num_files": len(paths),
         "num_scored": len(labelled),
@@ -335,7 +222,7 @@ def file_rows(seconds: Mapping[str, list[float]], num_files: int) -> list[dict[s
 def by_perf_analyzer(
     variants: list[Variant], concurrency: tuple[int, ...], grpc_url: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of NVIDIA's perf_analyzer, and what it could not measure, as {what: why}."""
+    """The rows of NVIDIA's perf_analyzer, and the reason for each that is missing."""
     command = find_perf_analyzer()
     if command is None:
         return [], {"perf_analyzer": "not installed; name it with PERF_ANALYZER"}
@@ -380,8 +267,8 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
         passes=config.batch_passes,
         seconds=config.batch_seconds,
     )
-    worth = {row["way"]: {key: row[key] for key in SCORES} for row in files["rows"]}
-    rows = [row | worth[row["variant"]] for row in rows]
+    scores = {row["way"]: {key: row[key] for key in SCORES} for row in files["rows"]}
+    rows = [row | scores[row["variant"]] for row in rows]
     return {
         "environment": environment(),
         "run": facts.run,
@@ -398,104 +285,6 @@ def measure(config: ThroughputConfig) -> dict[str, Any]:
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The result as tables: files to JSON lines, then layouts under load for each variant."""
-    files = result["files"]
-    lines = [
-        place_in_words(result["environment"]),
-        "",
-        f"{files['num_files']} scans {result['files_method']}; accuracy on {result['scored_on']}, "
-        "95 % intervals:",
-        "",
-        "| way | scans/s | against load + predict | against load + tf.function | accuracy "
-        "| macro AUROC |",
-        "|" + " --- |" * 6,
-    ]
-    for row in files["rows"]:
-        accuracy, area = (interval_in_words(row[key]) for key in SCORES)
-        way = LOOPS.get(row["way"], f"`chestct classify`, {row['way']}")
-        lines.append(
-            f"| {way} | {row['scans_per_s']:.1f} | {row['times_faster_than_keras_predict']:.1f} x "
-            f"| {row['times_faster_than_keras_compiled']:.1f} x | {accuracy} | {area} |"
-        )
-    lines += limits_in_words(result["limits"])
-    lines += ["", f"Under load: {result['method']}."]
-    for variant, settings in result["served"].items():
-        lines += _load_tables(variant, settings, result["rows"])
-    if result["perf_analyzer"]:
-        lines += [
-            "",
-            "NVIDIA's perf_analyzer, whose load comes from C++, on the models as they are "
-            f"published; latency and throughput of three windows lie within {STABLE_WITHIN_PERCENT}"
-            " %:",
-            "",
-            "| model | concurrency | scans/s | p50 ms | p99 ms |",
-            "|" + " --- |" * 5,
-        ]
-        lines += [_analyzed_in_words(row) for row in result["perf_analyzer"]]
-    lines += ["", f"The run took {result['minutes']} minutes."]
-    lines += [f"Not measured: {name}: {why}." for name, why in result["not_measured"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _load_tables(variant: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Two tables of a variant, a line for each concurrency and a column for each layout."""
-    mine = [row for row in rows if row["variant"] == variant]
-    names = list(dict.fromkeys(_layout_in_words(row) for row in mine))
-    cell = {(_layout_in_words(row), row["concurrency"]): row for row in mine}
-    numbers = list(dict.fromkeys(row["concurrency"] for row in mine))
-    accuracy, area = (interval_in_words(mine[0][key]) for key in SCORES)
-    lines = []
-    for title, text in (
-        ("scans/s (mean batch executed; cores that the client took)", _speed_in_words),
-        ("p50 / p99 in ms", _times_in_words),
-    ):
-        lines += [
-            "",
-            f"{variant} by {settings['engine']}, accuracy {accuracy}, macro AUROC {area}; {title}:",
-            "",
-            f"| concurrency | {' | '.join(names)} |",
-            "|" + " --- |" * (1 + len(names)),
-        ]
-        lines += [
-            f"| {number} | {' | '.join(text(cell[name, number]) for name in names)} |"
-            for number in numbers
-        ]
-    quickest = min((row for row in mine if row["concurrency"] == min(numbers)), key=_p50)
-    most = max(mine, key=lambda row: float(row["scans_per_s"]))
-    return [
-        *lines,
-        "",
-        f"Quickest answer: {_layout_in_words(quickest)}, {quickest['p50_ms']:.1f} ms. Most scans: "
-        f"{_layout_in_words(most)} at concurrency {most['concurrency']}, "
-        f"{most['scans_per_s']:.1f} a second.",
-    ]
-
-
-def _analyzed_in_words(row: dict[str, Any]) -> str:
-    start = f"| {row['model']} | {row['concurrency']} |"
-    if not row["stable"]:
-        return f"{start} not stable | | |"
-    return f"{start} {row['scans_per_s']:.1f} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} |"
-
-
-def _speed_in_words(row: dict[str, Any]) -> str:
-    return f"{row['scans_per_s']:.1f} ({row['mean_batch']:.1f}; {row['client_cores']:.1f})"
-
-
-def _times_in_words(row: dict[str, Any]) -> str:
-    return f"{row['p50_ms']:.1f} / {row['p99_ms']:.1f}"
-
-
-def _p50(row: dict[str, Any]) -> float:
-    return float(row["p50_ms"])
-
-
-def _layout_in_words(row: dict[str, Any]) -> str:
-    batching = "batching" if row["dynamic_batching"] else "no batching"
-    return f"{row['instances']}x{row['threads']}, {batching}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure scans a second under load, and from files to JSON lines."""
     parser = command_parser("benchmarks throughput", main.__doc__, "configs/throughput.yaml")
@@ -505,8 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         result = measure(load_config(ThroughputConfig, arguments.config))
         write_json(arguments.output, result)
+        report = throughput_report(result)
         with replaced(arguments.output.with_suffix(".md")) as temporary:
-            temporary.write_text(markdown(result), encoding="utf-8")
-        sys.stdout.write(markdown(result))
+            temporary.write_text(report, encoding="utf-8")
+        sys.stdout.write(report)
 
     return run_command(work, errors=(LocalTritonError,))

@@ -1,4 +1,4 @@
-"""What the cached activations save: an epoch of fine-tuning with and without them."""
+"""Measure the speed-up of fine-tuning on cached activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variants of the model that are there to be measured, and what each is worth."""
+"""Model variants to measure: which are there, how each is served, and its scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.engines import Infer
 from chestct.contract import Window
-from export.publish.repository import parsed_config
+from export.publish.config_pbtxt import engine_of, parsed_config
 from serving.local import uses_gpu
 from training.common.atomic_io import sha256_of
 from training.common.config import config_class
@@ -23,6 +23,7 @@ from training.common.metrics import score
 from training.data.dataset import ScanSet, evenly_spread, read_split
 
 SCORING_BATCH = 8
+SCORES = ("accuracy", "macro_auroc")  # keys of `scores_of`
 THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
 
 
@@ -99,7 +100,7 @@ class Variant:
         # Looking a key up in a protobuf map adds it.
         threads = parameters[THREADS].string_value if THREADS in parameters else "0"
         return {
-            "engine": self._engine(),
+            "engine": engine_of(self.config),
             "threads": int(threads),
             "instances": sum(group.count for group in self.config.instance_group),
             "max_batch_size": self.config.max_batch_size,
@@ -109,21 +110,11 @@ class Variant:
             ),
         }
 
-    def _engine(self) -> str:
-        """The engine inside Triton, by the names of `export.publish.repository.ENGINES`."""
-        if self.config.backend == "tensorrt":
-            return "tensorrt-plan"
-        listed = self.config.optimization.execution_accelerators
-        for item in listed.gpu_execution_accelerator:
-            return f"onnxruntime-{item.name}"
-        names = [item.name for item in listed.cpu_execution_accelerator]
-        return "openvino" if "openvino" in names else "onnxruntime"
-
 
 def find_variants(
     folders: Mapping[str, Path], repository: Path
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The variants that are there, and what is missing, as {name: why}.
+    """The variants that are there, and the reason for each that is missing.
 
     Raises:
         ValueError: There is none, or the repository serves another file than a variant's folder
@@ -175,10 +166,7 @@ def scores_of(infer: Infer, scans: ScanSet, title: str) -> dict[str, Any]:
     answers = (infer(scans.pixels[start : start + SCORING_BATCH]) for start in starts)
     probabilities = np.concatenate([answer["probabilities"] for answer in answers])
     found = score(probabilities, scans.labels, scans.groups, scans.names)
-    return {
-        "accuracy": _rounded(found["accuracy"]),
-        "macro_auroc": _rounded(found["macro_auroc"]),
-    }
+    return {key: _rounded(found[key]) for key in SCORES}
 
 
 def _rounded(interval: Mapping[str, float]) -> dict[str, float | None]:
@@ -194,6 +182,13 @@ def spread(scans: ScanSet, count: int) -> ScanSet:
     keep = np.zeros(len(scans), bool)
     keep[evenly_spread(len(scans), count)] = True
     return scans.where(keep)
+
+
+def describe_interval(interval: dict[str, float | None]) -> str:
+    """A value with its interval, `0.990 (0.981 to 0.998)`."""
+    if interval["value"] is None or interval["low"] is None:
+        return "undefined"
+    return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:

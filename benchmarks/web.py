@@ -1,4 +1,4 @@
-"""What the page costs beside the bare client, and what it does under 200 uploads at once."""
+"""Measure the web page: its time beside the bare client's, and 200 uploads at once."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _one_scan(client: ScanClient, url: str, browser: Any, paths: list[Path]) -> 
 
 
 def _page_ms(browser: Any, path: Path) -> float:
-    """What the page shows as its time from drop to result."""
+    """The time from drop to result, as the page shows it."""
     clear = browser.locator("#clear")
     if clear.is_visible():
         clear.click()

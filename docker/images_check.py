@@ -258,7 +258,8 @@ def write_small_repository(folder: Path) -> Path:
     import onnx
 
     from chestct.contract import LUNG_WINDOW, ModelFacts
-    from export.publish.repository import ServeConfig, VariantConfig, publish_variants
+    from export.publish.repository import publish_variants
+    from export.publish.settings import ServeConfig, VariantConfig
     from training.common.atomic_io import sha256_of
     from training.data.phantom import LABELS
 

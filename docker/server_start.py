@@ -30,7 +30,8 @@ from export.convert.engine import (
     trtexec_command,
     write_record,
 )
-from export.publish.repository import ServeConfig, publish_variants
+from export.publish.repository import publish_variants
+from export.publish.settings import ServeConfig
 from training.common.config import load_config
 
 logger = logging.getLogger("server_start")

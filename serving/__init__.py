@@ -1,1 +1,1 @@
-"""Starts a real Triton on this machine and gives it the backend that it lacks."""
+"""A real Triton on this machine, and the Python backends that it needs."""

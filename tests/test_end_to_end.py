@@ -20,8 +20,11 @@ from chestct.errors import ContractError, ServerUnavailableError
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
 from chestct.inference.client import AsyncScanClient, ScanClient
-from export.check.parity import Tolerance, compare, keras_runner, triton_runner
-from export.publish.repository import RepositoryConfig, parsed_config, write_repository
+from export.check.parity import Tolerance, compare
+from export.check.runners import keras_runner, triton_runner
+from export.publish.config_pbtxt import parsed_config
+from export.publish.repository import write_repository
+from export.publish.settings import RepositoryConfig
 from tests.support.triton import serve
 from tests.support.waiting import until
 from training.common.atomic_io import sha256_of
@@ -68,7 +71,7 @@ def test_served_model_answers_as_the_trained_one(triton, trained, scan_batch, pr
             (f"triton {protocol}", triton_runner(client)),
             Tolerance(),
         )
-    assert report, report.in_words()
+    assert report, report.describe()
     assert report.num_scans == len(scan_batch)
 
 

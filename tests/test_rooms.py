@@ -129,8 +129,8 @@ def test_every_config_fits_its_dataclass():
     from export.convert.engine import EngineConfig
     from export.convert.onnx import OnnxConfig
     from export.convert.quantize import QuantizeConfig
-    from export.publish.repository import ServeConfig
     from export.publish.rollout import RolloutConfig
+    from export.publish.settings import ServeConfig
     from training.cards.run_records import CardConfig
     from training.data.audit import AuditConfig
     from training.data.ingest import IngestConfig

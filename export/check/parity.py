@@ -1,15 +1,15 @@
-"""Does a model variant answer as the trained model does? A report whose truth is the verdict.
+"""Compare a model variant, or a running server, with the trained model.
 
 The FP32 file must give Keras' answers up to rounding (`Tolerance`). A variant that loses something
-for speed is held to what a user would notice (`Gate`), against the FP32 file, on labelled scans.
+for speed is held to limits that a user would notice (`Gate`), against the FP32 file, on labelled
+scans.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,30 +19,30 @@ import numpy.typing as npt
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
-from chestct.contract import INPUT_NAME, MODEL_NAME, OUTPUT_NAMES, ModelFacts
+from chestct.contract import MODEL_NAME, OUTPUT_NAMES, ModelFacts
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
 from chestct.inference.client import ScanClient
+from export.check.gate import Gate, GateReport, compare_by_labels
+from export.check.runners import (
+    BATCH_SIZES,
+    ENGINES,
+    Runner,
+    batches_of,
+    keras_runner,
+    onnx_runner,
+    output_differences,
+    triton_runner,
+)
+from export.check.variant import facts_of
 from training.common.atomic_io import sha256_of, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config
-from training.common.metrics import (
-    Statistic,
-    accuracy,
-    bootstrap_interval,
-    macro_auroc,
-    paired_difference,
-)
-from training.data.dataset import ScanSet, evenly_spread, read_split
+from training.data.dataset import evenly_spread, read_split
 from training.network.vgg16 import load_trained
 from training.track.registry import model_folder
 
 logger = logging.getLogger(__name__)
-
-BATCH_SIZES = (1, 8)  # two of them show that the batch axis is dynamic
-
-Outputs = Mapping[str, npt.NDArray[np.float32]]
-Runner = Callable[[npt.NDArray[np.uint8]], Outputs]  # uint8 (N, 224, 224, 1) to the outputs
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class OutputError:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What a comparison of two runners found.
+    """Comparison of the outputs of two runners.
 
     Attributes:
         reference: Name of the runner that is right by definition.
@@ -119,7 +119,7 @@ class ParityReport:
         """The report as plain values, with the verdict."""
         return {"holds": bool(self)} | asdict(self)
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """One line that says whether parity holds, and why not."""
         if self.differences:
             return f"parity fails: {'; '.join(self.differences)}"
@@ -129,122 +129,6 @@ class ParityReport:
         return (
             f"parity {'holds' if self else 'FAILS'}: {self.candidate} against {self.reference} on "
             f"{self.num_scans} scans, same label {self.label_agreement:.1%}, largest error {worst}"
-        )
-
-
-@config_class
-class Gate:
-    """What a variant may lose against the FP32 model, on the labelled validation scans.
-
-    AUROC and accuracy are judged by their measured change, not by its interval: on some 70 scans
-    the interval of a paired difference is wider than the limits, so no variant could prove that
-    it loses less than half a point. A variant that holds has shown no loss beyond the limit on
-    these scans, which is less than a proof that there is none; the interval is reported beside
-    it. One scan of 72 is 0.014: an accuracy limit of 0.01 means not one more error, net. The other
-    figures need no labels and compare answer by answer, so they see a change long before labels
-    can; that is why they are gated too.
-
-    Attributes:
-        label_agreement: Least fraction of scans with the same label.
-        macro_auroc_drop: Most that the macro AUROC may be lower.
-        accuracy_drop: Most that the accuracy may be lower.
-        mean_probability_error: Of |p - p_fp32| over scans and classes.
-        max_probability_error: A single probability moves most where two classes are about equal:
-            there a small change of the logits is amplified, and no label was certain before.
-        median_map_correlation: Pearson correlation of a scan's map, over places and classes;
-            half the scans have at least this one. It does not see a common scale, which a
-            temperature of its own may give.
-        least_map_correlation: Of the worst scan.
-        in_domain_agreement: Least fraction of scans on the same side of the domain threshold,
-            each model with its own. 5 % of the validation scans lie beyond it by definition, so
-            there are always scans near it.
-    """
-
-    label_agreement: float = 0.97
-    macro_auroc_drop: float = 0.005
-    accuracy_drop: float = 0.01
-    mean_probability_error: float = 0.02
-    max_probability_error: float = 0.2
-    median_map_correlation: float = 0.98
-    least_map_correlation: float = 0.9
-    in_domain_agreement: float = 0.95
-
-
-AT_LEAST = (
-    "label_agreement", "median_map_correlation", "least_map_correlation", "in_domain_agreement",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number of a variant and its limit, with a 95 % interval where labels count."""
-
-    name: str
-    value: float
-    limit: float
-    low: float | None = None
-    high: float | None = None
-
-    def __bool__(self) -> bool:
-        """Whether the value is within the limit; false for NaN."""
-        if self.name in AT_LEAST:
-            return self.value >= self.limit
-        return self.value <= self.limit
-
-    def in_words(self) -> str:
-        """The name, the value, its interval and its limit."""
-        interval = "" if self.low is None else f" ({self.low:.4f} to {self.high:.4f})"
-        bound = "least" if self.name in AT_LEAST else "limit"
-        return f"{self.name} {self.value:.4f}{interval} ({bound} {self.limit})"
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """What one engine made of a variant, on the scans of each split.
-
-    Attributes:
-        reference: Name of the runner that is right by definition.
-        candidate: Name of the other one.
-        num_scans: Scans compared, by split.
-        num_groups: Their near-duplicate groups, which the intervals resample.
-        figures: One for each limit of the gate, by split.
-        differences: Names and shapes that differ, in words.
-        gated: The split that decides; the others are only reported.
-    """
-
-    reference: str
-    candidate: str
-    num_scans: dict[str, int]
-    num_groups: dict[str, int]
-    figures: dict[str, tuple[Figure, ...]]
-    differences: tuple[str, ...] = ()
-    gated: str = "valid"
-
-    @property
-    def reasons(self) -> list[str]:
-        """Why the variant is refused, one sentence each; empty when it holds."""
-        if self.differences:
-            return list(self.differences)
-        if not self.num_scans.get(self.gated):
-            return ["no scan was compared"]
-        return [figure.in_words() for figure in self.figures[self.gated] if not figure]
-
-    def __bool__(self) -> bool:
-        """Whether the variant may stand for the reference."""
-        return not self.reasons
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values, with the verdict."""
-        return {"holds": bool(self)} | asdict(self) | {"reasons": self.reasons}
-
-    def in_words(self) -> str:
-        """One line that says whether the gate holds, and why not."""
-        if self.reasons:
-            return f"parity FAILS: {self.candidate}: {'; '.join(self.reasons)}"
-        figures = ", ".join(figure.in_words() for figure in self.figures[self.gated])
-        return (
-            f"parity holds: {self.candidate} against {self.reference} on "
-            f"{self.num_scans[self.gated]} {self.gated} scans: {figures}"
         )
 
 
@@ -262,97 +146,14 @@ class Verdict:
         """`holds`, `verdict` and `reasons` of all, and each report."""
         return {
             "holds": bool(self),
-            "verdict": self.in_words(),
-            "reasons": [report.in_words() for report in self.reports if not report],
+            "verdict": self.describe(),
+            "reasons": [report.describe() for report in self.reports if not report],
             "reports": [report.to_json() for report in self.reports],
         }
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """One line an engine."""
-        return "\n".join(report.in_words() for report in self.reports)
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; make the variant first, by python -m export onnx (FP32), "
-            "export quantize (INT8), export compress or export engine"
-        )
-
-
-def keras_runner(model: Any) -> Runner:
-    """Runs a Keras model from `training.network.vgg16`."""
-
-    def infer(scans: npt.NDArray[np.uint8]) -> Outputs:
-        return {name: np.asarray(value) for name, value in model.predict_on_batch(scans).items()}
-
-    return infer
-
-
-def onnx_runner(path: Path) -> Runner:
-    """Runs an ONNX file by ONNX Runtime on the CPU.
-
-    Raises:
-        ValueError: The file is missing or cannot be loaded.
-    """
-    import onnxruntime
-
-    _require_file(path)
-    options = onnxruntime.SessionOptions()
-    # Its idle threads spin, which makes OpenVINO in the same process 16 times slower on 2 cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def infer(scans: npt.NDArray[np.uint8]) -> Outputs:
-        return dict(zip(names, session.run(names, {INPUT_NAME: scans}), strict=True))
-
-    return infer
-
-
-def openvino_runner(path: Path) -> Runner:
-    """Runs an ONNX file by OpenVINO on the CPU, with the settings of the Triton backend.
-
-    Raises:
-        ValueError: The file is missing, or OpenVINO is not installed.
-    """
-    _require_file(path)
-    try:
-        import openvino
-    except ImportError as error:
-        raise ValueError(
-            "the engine openvino needs its package: pip install openvino, or leave it out of "
-            "`engines`"
-        ) from error
-    # Without the hint OpenVINO calculates in bfloat16 where the CPU can, which is not parity.
-    properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(path, "CPU", properties).create_infer_request()
-
-    def infer(scans: npt.NDArray[np.uint8]) -> Outputs:
-        request.infer({INPUT_NAME: scans}, share_inputs=True)
-        return {name: request.get_tensor(name).data.copy() for name in OUTPUT_NAMES}
-
-    return infer
-
-
-ENGINES: dict[str, Callable[[Path], Runner]] = {
-    "onnxruntime": onnx_runner,
-    "openvino": openvino_runner,
-}
-
-
-def triton_runner(client: ScanClient) -> Runner:
-    """Runs the model that a connected client talks to."""
-
-    def infer(scans: npt.NDArray[np.uint8]) -> Outputs:
-        predictions = client.classify(scans)
-        return {
-            "probabilities": predictions.probabilities,
-            "activation_map": np.asarray(predictions.activation_map),
-            "domain_distance": predictions.domain_distance[:, np.newaxis],
-        }
-
-    return infer
+        return "\n".join(report.describe() for report in self.reports)
 
 
 def compare(
@@ -364,7 +165,7 @@ def compare(
 ) -> ParityReport:
     """Run both on the same scans: names, then shapes, then values, at each batch size.
 
-    The scans are dealt to the batch sizes in turn, so each scan is compared once.
+    The scans are split by the batch sizes in turn, so each scan is compared once.
 
     Args:
         scans: uint8 (N, 224, 224, 1).
@@ -376,10 +177,10 @@ def compare(
     differences: tuple[str, ...] = ()
     errors: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in OUTPUT_NAMES}
     same_label: list[bool] = []
-    batches = _batches(len(scans), batch_sizes)
+    batches = batches_of(len(scans), batch_sizes)
     for batch in tqdm(batches, f"{candidate[0]} against {reference[0]}", disable=None):
         wanted, got = reference[1](scans[batch]), candidate[1](scans[batch])
-        differences = _differences(wanted, got)
+        differences = output_differences(wanted, got)
         if differences:
             break
         for name in OUTPUT_NAMES:
@@ -403,27 +204,6 @@ def compare(
     )
 
 
-def _differences(wanted: Outputs, got: Outputs) -> tuple[str, ...]:
-    """Outputs that are missing or have another shape, one sentence each."""
-    missing = [name for name in OUTPUT_NAMES if name not in got]
-    shapes = [
-        f"output {name} has shape {got[name].shape}, expected {wanted[name].shape}"
-        for name in OUTPUT_NAMES
-        if name in got and got[name].shape != wanted[name].shape
-    ]
-    return (*(f"output {name} is missing" for name in missing), *shapes)
-
-
-def _batches(count: int, sizes: tuple[int, ...]) -> list[slice]:
-    batches: list[slice] = []
-    start = 0
-    while start < count:
-        size = sizes[len(batches) % len(sizes)]
-        batches.append(slice(start, min(start + size, count)))
-        start += size
-    return batches
-
-
 def _error(name: str, wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     error = np.abs(wanted.astype(np.float64) - got.astype(np.float64))
     if name == "probabilities":
@@ -436,121 +216,6 @@ def _summary(name: str, error: npt.NDArray[np.float64], limit: float) -> OutputE
     # Sorting would hide NaN: it is kept as the largest error, and fails the report.
     largest = float("nan") if np.isnan(error).any() else float(error.max())
     return OutputError(name, largest, float(error.mean()), float(np.quantile(error, 0.99)), limit)
-
-
-def run_all(name: str, runner: Runner, scans: npt.NDArray[np.uint8]) -> Outputs:
-    """All outputs for `scans`, uint8 (N, 224, 224, 1), dealt to the batch sizes in turn."""
-    parts = [
-        runner(scans[batch])
-        for batch in tqdm(_batches(len(scans), BATCH_SIZES), name, disable=None)
-    ]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def gate_figures(
-    scans: ScanSet,
-    reference: Outputs,
-    candidate: Outputs,
-    thresholds: tuple[float, float],
-    gate: Gate,
-) -> tuple[Figure, ...]:
-    """Every figure of the gate on labelled scans, in the order of its attributes.
-
-    The intervals are paired: whole groups are resampled, and both models are scored on the same
-    resample (Efron and Tibshirani 1993, section 8.3, with the difference as the statistic).
-
-    Args:
-        scans: The labelled scans.
-        reference: Outputs of the FP32 model for them.
-        candidate: Outputs of the variant.
-        thresholds: Domain thresholds of the two.
-        gate: The limits.
-    """
-    before, after = (outputs["probabilities"] for outputs in (reference, candidate))
-    pairs = np.hstack([after, before])
-
-    def drop(statistic: Statistic) -> tuple[float, float, float]:
-        lost = paired_difference(statistic, before.shape[1])
-        return lost(pairs, scans.labels), *bootstrap_interval(
-            lost, pairs, scans.labels, scans.groups
-        )
-
-    errors = np.abs(before.astype(np.float64) - after)
-    correlations = _map_correlations(reference["activation_map"], candidate["activation_map"])
-    inside = [
-        outputs["domain_distance"] <= threshold
-        for outputs, threshold in zip((reference, candidate), thresholds, strict=True)
-    ]
-    found: dict[str, tuple[float, ...]] = {
-        "label_agreement": (float(np.mean(before.argmax(axis=1) == after.argmax(axis=1))),),
-        "macro_auroc_drop": drop(macro_auroc),
-        "accuracy_drop": drop(accuracy),
-        "mean_probability_error": (float(errors.mean()),),
-        "max_probability_error": (float(errors.max()),),
-        "median_map_correlation": (float(np.median(correlations)),),
-        "least_map_correlation": (float(correlations.min()),),
-        "in_domain_agreement": (float(np.mean(inside[0] == inside[1])),),
-    }
-    return tuple(
-        Figure(name, found[name][0], limit, *found[name][1:])
-        for name, limit in asdict(gate).items()
-    )
-
-
-def _map_correlations(
-    wanted: npt.NDArray[np.float32], got: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
-    """Pearson correlation of each scan's two maps (N, 14, 14, C); NaN where one is constant."""
-    rows = []
-    for maps in (wanted, got):
-        flat = maps.reshape(len(maps), -1).astype(np.float64)
-        flat -= flat.mean(axis=1, keepdims=True)
-        with np.errstate(invalid="ignore"):
-            rows.append(flat / np.linalg.norm(flat, axis=1, keepdims=True))
-    return (rows[0] * rows[1]).sum(axis=1)  # type: ignore[no-any-return]
-
-
-def compare_by_labels(
-    sets: Mapping[str, ScanSet],
-    reference: tuple[str, Runner, float],
-    candidates: Mapping[str, Runner],
-    threshold: float,
-    gate: Gate,
-) -> tuple[GateReport, ...]:
-    """Run the reference once and each candidate on the labelled scans of every split.
-
-    Args:
-        sets: Scans by split; `valid` decides.
-        reference: Name, runner and domain threshold of the FP32 model.
-        candidates: Name and runner of the variant in each engine.
-        threshold: Domain threshold of the variant.
-        gate: The limits.
-    """
-    name, runner, own_threshold = reference
-    wanted = {split: run_all(f"{name}, {split}", runner, s.pixels) for split, s in sets.items()}
-    reports = []
-    for candidate, run in candidates.items():
-        figures: dict[str, tuple[Figure, ...]] = {}
-        differences: tuple[str, ...] = ()
-        for split, scans in sets.items():
-            got = run_all(f"{candidate}, {split}", run, scans.pixels)
-            differences = _differences(wanted[split], got)
-            if differences:
-                break
-            figures[split] = gate_figures(
-                scans, wanted[split], got, (own_threshold, threshold), gate
-            )
-        reports.append(
-            GateReport(
-                reference=name,
-                candidate=candidate,
-                num_scans={split: len(scans) for split, scans in sets.items()},
-                num_groups={split: len(np.unique(s.groups)) for split, s in sets.items()},
-                figures=figures,
-                differences=differences,
-            )
-        )
-    return tuple(reports)
 
 
 EngineName = Annotated[str, Field(pattern=f"^({'|'.join(ENGINES)})$")]
@@ -595,17 +260,6 @@ def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
     if not paths:
         raise ValueError(f"{folder}: no scan found; parity needs at least one")
     return np.stack([load_scan(paths[index]) for index in evenly_spread(len(paths), count)])
-
-
-def facts_of(variant: Path) -> ModelFacts:
-    """The facts that lie beside the model of a variant.
-
-    Raises:
-        ValueError: There are none.
-    """
-    file = variant / "facts.json"
-    _require_file(file)
-    return ModelFacts.from_parameters(json.loads(file.read_text()))
 
 
 def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runner]) -> Verdict:
@@ -669,7 +323,7 @@ def check_parity(config: ParityConfig) -> Verdict:
 
 
 def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Verdict:
-    """Judge what the server at `url` answers for `model`, by the precision that it tells.
+    """Judge `model` on the server at `url`, by the precision among its parameters.
 
     Raises:
         ValueError: Reference or scans are missing.
@@ -681,7 +335,7 @@ def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Ver
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare a model variant, or what a server answers, with the trained model."""
+    """Compare a model variant, or a model on a server, with the trained model."""
     parser = command_parser("export parity", main.__doc__, "configs/parity.yaml")
     parser.add_argument("--variant", type=Path, help="folder, instead of the config's")
     parser.add_argument("--url", help="judge the server at grpc://HOST:PORT or http://... instead")
@@ -701,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict = check_parity(config)
         if arguments.output:
             write_json(arguments.output, verdict.to_json())
-        logger.info("%s", verdict.in_words())
+        logger.info("%s", verdict.describe())
         return 0 if verdict else 1
 
     return run_command(work)

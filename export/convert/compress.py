@@ -1,4 +1,4 @@
-"""The smallest student whose loss is allowed, in INT8: loss against latency for all of them."""
+"""Choose the fastest student whose loss is allowed, in INT8."""
 
 from __future__ import annotations
 
@@ -18,23 +18,16 @@ from pydantic import PositiveInt
 from tqdm import tqdm
 
 from chestct.contract import ModelFacts
-from export.check.parity import (
-    Figure,
-    Outputs,
-    ParityConfig,
-    Runner,
-    check_parity,
-    facts_of,
-    gate_figures,
-    onnx_runner,
-    openvino_runner,
-    run_all,
-)
+from export.check.gate import Figure, gate_figures
+from export.check.parity import ParityConfig, check_parity
+from export.check.runners import Outputs, Runner, onnx_runner, openvino_runner, run_all
+from export.check.variant import facts_of
 from export.convert.onnx import onnx_from_keras
 from export.convert.quantize import calibration_scans, int8_form
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config
+from training.common.markdown import table
 from training.common.metrics import score
 from training.data.dataset import ScanSet, read_split
 from training.network.vgg16 import VGG16_WIDTHS, load_trained, widths_of
@@ -113,17 +106,19 @@ def compress(config: CompressConfig) -> str | None:
                 given = run_all(f"{candidate.name}, {split}", runners[candidate.name], scans.pixels)
                 thresholds = (full.domain_threshold, candidate.facts.domain_threshold)
                 figures = gate_figures(scans, wanted[split], given, thresholds, parity.gate)
-                point[split] = _worth(scans, given, figures)
+                point[split] = quality_metrics(scans, given, figures)
             points.append(point)
         chosen = fastest_allowed(points[:-1])
         for point in points:
             point["chosen"] = point["name"] == chosen
         curve = {
-            "reference": {split: _worth(sets[split], wanted[split], ()) for split in SPLITS},
+            "reference": {
+                split: quality_metrics(sets[split], wanted[split], ()) for split in SPLITS
+            },
             "points": sorted(points, key=lambda point: point["latency_ms"]),
         }
         write_json(output / "curve.json", curve)
-        (output / "curve.md").write_text(in_words(curve), encoding="utf-8")
+        (output / "curve.md").write_text(describe(curve), encoding="utf-8")
         for candidate in candidates[:-1]:
             if candidate.name == chosen:
                 candidate.onnx.rename(output / "model.onnx")
@@ -192,22 +187,24 @@ def _about(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _worth(scans: ScanSet, outputs: Outputs, figures: tuple[Figure, ...]) -> dict[str, Any]:
-    """Scores with intervals, and where it is held to a gate, its figures and what it breaks."""
+def quality_metrics(
+    scans: ScanSet, outputs: Outputs, figures: tuple[Figure, ...]
+) -> dict[str, Any]:
+    """Scores with intervals; the figures of the gate, and the limits that they break."""
     scores = score(outputs["probabilities"], scans.labels, scans.groups, scans.names)
     return {
         "n": len(scans),
         "accuracy": scores["accuracy"],
         "macro_auroc": scores["macro_auroc"],
         "against_full": {figure.name: figure.value for figure in figures},
-        "refused_for": [figure.in_words() for figure in figures if not figure],
+        "refused_for": [figure.describe() for figure in figures if not figure],
     }
 
 
-def in_words(curve: dict[str, Any]) -> str:
+def describe(curve: dict[str, Any]) -> str:
     """The curve as a table."""
 
-    def row(name: str, latency: str, widths: str, at: dict[str, Any], remark: str) -> str:
+    def row(name: str, latency: str, widths: str, at: dict[str, Any], remark: str) -> list[str]:
         cells = []
         for split in SPLITS:
             for key in ("macro_auroc", "accuracy"):
@@ -215,25 +212,20 @@ def in_words(curve: dict[str, Any]) -> str:
                 cells.append(f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})")
             agreement = at[split]["against_full"].get("label_agreement")
             cells.append("" if agreement is None else f"{agreement:.3f}")
-        return f"| {name} | {latency} | {widths} | {' | '.join(cells)} | {remark} |"
+        return [name, latency, widths, *cells, remark]
 
     counts = ", ".join(f"{split} n = {curve['reference'][split]['n']}" for split in SPLITS)
     columns = ["model", "ms, batch 1", "channels, first and last"]
     for split in SPLITS:
         columns += [f"{split}: macro AUROC", "accuracy", "agreement"]
-    lines = [
-        f"All but the first in INT8 by OpenVINO; {counts}; 95 % intervals.",
-        "",
-        f"| {' | '.join(columns)} | |",
-        "|" + " --- |" * (len(columns) + 1),
-        row("FP32", "", "64, 512", curve["reference"], "reference"),
-    ]
+    rows = [row("FP32", "", "64, 512", curve["reference"], "reference")]
     for point in curve["points"]:
         refused = "; ".join(point["valid"]["refused_for"])
         remark = "chosen" if point["chosen"] else refused or "allowed"
         widths = f"{point['widths'][0]}, {point['widths'][-1]}"
-        lines.append(row(point["name"], f"{point['latency_ms']:.2f}", widths, point, remark))
-    return "\n".join(lines) + "\n"
+        rows.append(row(point["name"], f"{point['latency_ms']:.2f}", widths, point, remark))
+    title = f"All but the first in INT8 by OpenVINO; {counts}; 95 % intervals."
+    return "\n".join([title, "", *table([*columns, ""], rows)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,7 @@
-"""ONNX to a TensorRT plan, on the machine whose GPU will run it. Not run on a GPU yet.
+"""Build a TensorRT plan from the exported model, on the machine whose GPU will run it.
 
-TensorRT 11 knows strongly typed networks only (precision flags and calibrators are gone), and
-TensorRT 10 accepts the same: precision is therefore put into the ONNX graph, by casts for FP16
-and by Q/DQ nodes for INT8, and one way of building serves both. That graph is a variant of its
-own, which ONNX Runtime serves too; it is written on any machine.
+The graph for TensorRT (`export.convert.tensorrt_graph`) is written on any machine. Plans have not
+been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,26 +15,19 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelFacts
+from chestct.contract import INPUT_NAME, SCAN_SHAPE
+from export.check.variant import facts_of, require_file
 from export.convert.onnx import set_facts
+from export.convert.tensorrt_graph import graph_of_precision, tensorrt_objections
 from training.common.atomic_io import replaced, sha256_of, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config
 
-if TYPE_CHECKING:
-    import onnx
-
 logger = logging.getLogger(__name__)
-
-OPSETS = range(9, 21)  # what every TensorRT 10 and 11 reads (onnx/onnx-tensorrt, docs/operators.md)
-# Operators of ONNX Runtime's other quantized form, which TensorRT's parser does not know (there).
-INTEGER_OPERATORS = frozenset(
-    ["QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"]
-)
 
 
 @config_class
@@ -97,7 +88,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """What a plan was built for; it runs nowhere else.
+    """The GPU, TensorRT and model that a plan was built for; it runs nowhere else.
 
     Attributes:
         gpu: Name of the GPU.
@@ -141,165 +132,6 @@ def find_gpu() -> Gpu:
     return Gpu(name.strip(), capability.strip())
 
 
-def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph, with the cast of its uint8 input in front of whatever else reads it.
-
-    TensorRT knows uint8 only as what is cast to floating point, and ONNX Runtime would leave what
-    precedes the cast to the CUDA provider, whose output then lacks a shape profile.
-    """
-    from onnx import ModelProto, TensorProto, helper
-
-    if all(node.op_type == "Cast" for node in model.graph.node if INPUT_NAME in node.input):
-        return model
-    changed = ModelProto()
-    changed.CopyFrom(model)
-    for node in changed.graph.node:
-        node.input[:] = [f"{INPUT_NAME}_float" if n == INPUT_NAME else n for n in node.input]
-    del changed.graph.value_info[:]  # their types are those of before
-    name = f"{INPUT_NAME}_float"
-    changed.graph.node.insert(
-        0, helper.make_node("Cast", [INPUT_NAME], [name], name=name, to=TensorProto.FLOAT)
-    )
-    return changed
-
-
-def half_precision(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in FP16 up to the last ReLU, that of `block5_conv3`, and in FP32 behind it.
-
-    Head, softmax and domain distance must not pass through FP16 anywhere: the distance sums
-    squares, and FP16 ends at 65504. (onnxruntime.transformers.float16 casts to and fro behind each
-    node that it is told to leave alone.) Inputs and outputs keep their dtypes.
-
-    Raises:
-        ValueError: A weight is too large for FP16.
-    """
-    from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
-
-    half = ModelProto()
-    half.CopyFrom(cast_first(model))
-    graph = half.graph
-    last = [index for index, node in enumerate(graph.node) if node.op_type == "Relu"][-1]
-    wanted = set(graph.node[last].output)
-    backbone = []
-    for node in reversed(graph.node[: last + 1]):
-        if wanted & set(node.output):
-            wanted |= set(node.input)
-            backbone.append(node)
-    renamed = {}
-    for tensor in list(graph.initializer):
-        if tensor.name in wanted and tensor.data_type == TensorProto.FLOAT:
-            values = numpy_helper.to_array(tensor)
-            if abs(values).max(initial=0) > 65504:  # the largest of IEEE 754 binary16
-                raise ValueError(f"{tensor.name} holds {abs(values).max():.0f}, too large for FP16")
-            renamed[tensor.name] = f"{tensor.name}_half"
-            graph.initializer.append(
-                numpy_helper.from_array(values.astype("float16"), renamed[tensor.name])
-            )
-    for node in backbone:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to":
-                attribute.i = TensorProto.FLOAT16
-    features = graph.node[last].output[0]
-    graph.node[last].output[0] = f"{features}_half"
-    back = helper.make_node(
-        "Cast", [f"{features}_half"], [features], name=f"{features}_float", to=TensorProto.FLOAT
-    )
-    graph.node.insert(last + 1, back)
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:], graph.value_info[:]
-    graph.initializer.extend(kept)
-    checker.check_model(half, full_check=True)
-    return half
-
-
-def graph_of_precision(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    """The graph that a strongly typed build of `precision` needs; `model` itself if it is that.
-
-    Raises:
-        ValueError: INT8 is asked for and the graph holds no Q/DQ nodes.
-    """
-    from export.convert.quantize import for_tensorrt
-
-    if precision == "fp16":
-        return half_precision(model)
-    if precision == "fp32":
-        return cast_first(model)
-    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        raise ValueError("precision int8 needs an ONNX file with Q/DQ nodes; this one has none")
-    # What TensorRT takes already is no file of export quantize, which writes for CPUs.
-    return for_tensorrt(model) if tensorrt_objections(model) else model
-
-
-def tensorrt_objections(model: onnx.ModelProto) -> list[str]:
-    """Why TensorRT's parser would refuse a graph, one sentence for each kind of fault.
-
-    TensorRT knows one explicit quantization: signed 8 bits, zero point 0, positive constant scales,
-    one scale for an activation and one for each output channel of a kernel, and biases in floating
-    point. An empty list is no promise: only what has refused such files is looked for.
-    """
-    from onnx import TensorProto, numpy_helper
-
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    users: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    found: dict[str, list[str]] = {}
-
-    def object_to(node: Any, reason: str) -> None:
-        found.setdefault(reason, []).append(node.name or node.output[0])
-
-    opset = next(
-        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0
-    )
-    sentences = []
-    if opset not in OPSETS:
-        sentences.append(f"opset is {opset}; expected {OPSETS.start} to {OPSETS.stop - 1}")
-    for value in graph.input:
-        if value.type.tensor_type.elem_type == TensorProto.UINT8:
-            for node in users.get(value.name, []):
-                if node.op_type != "Cast":
-                    object_to(node, f"takes the uint8 input {value.name!r}; only a Cast may")
-    for node in graph.node:
-        if node.domain not in ("", "ai.onnx"):
-            object_to(node, f"is of domain {node.domain!r}; expected ONNX's own operators")
-        elif node.op_type in INTEGER_OPERATORS:
-            object_to(node, f"is a {node.op_type}; expected Q/DQ nodes around a Conv")
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        tensor, scale, zero_point = (*node.input, "", "")[:3]
-        if tensor in constants and constants[tensor].data_type == TensorProto.INT32:
-            object_to(node, "quantizes a bias to int32; expected biases in floating point")
-        elif zero_point not in constants:
-            object_to(node, "has no constant zero point, which means uint8; expected int8 zeros")
-        elif constants[zero_point].data_type != TensorProto.INT8:
-            kind = TensorProto.DataType.Name(constants[zero_point].data_type).lower()
-            object_to(node, f"is {kind}; expected int8")
-        elif numpy_helper.to_array(constants[zero_point]).any():
-            object_to(node, "has a zero point that is not 0; expected symmetric quantization")
-        if scale not in constants:
-            object_to(node, "has a scale that is not constant")
-            continue
-        scales = numpy_helper.to_array(constants[scale])
-        if not (scales > 0).all():
-            object_to(node, "has a scale that is not positive")
-        if scales.size == 1:
-            continue
-        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
-        kernels = [user for user in users.get(node.output[0], []) if user.op_type == "Conv"]
-        if tensor not in constants:
-            object_to(node, "has a scale for each channel of an activation; expected one scale")
-        elif kernels and axis != 0:
-            object_to(node, f"has scales along axis {axis} of a kernel; expected axis 0")
-    return sentences + [
-        f"{names[0]} {reason}" + f" (and {len(names) - 1} more)" * (len(names) > 1)
-        for reason, names in found.items()
-    ]
-
-
 def write_graph(config: EngineConfig) -> Path:
     """Write the variant that a plan is built from; gives the path of its ONNX file.
 
@@ -312,16 +144,13 @@ def write_graph(config: EngineConfig) -> Path:
     """
     import onnx
 
-    facts_file = config.onnx.with_name("facts.json")
-    for path in (config.onnx, facts_file):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; run python -m export onnx")
+    require_file(config.onnx, "run python -m export onnx")
+    facts = facts_of(config.onnx.parent)
     source = onnx.load(config.onnx)
     graph = graph_of_precision(source, config.precision)
     objections = tensorrt_objections(graph)
     if objections:
         raise ValueError(f"TensorRT would refuse {config.onnx}: {'; '.join(objections)}")
-    facts = ModelFacts.from_parameters(json.loads(facts_file.read_text()))
     facts = dataclasses.replace(facts, precision=config.precision)
     if graph is not source:
         set_facts(graph, facts)
@@ -380,7 +209,7 @@ def build_plan(config: EngineConfig) -> PlanRecord:
 
 
 def write_record(config: EngineConfig, gpu: Gpu, tensorrt_version: str) -> PlanRecord:
-    """Write beside the plan in `config.output` what it was built for."""
+    """Write the record of the plan in `config.output` beside it."""
     record = PlanRecord(
         gpu.name,
         gpu.compute_capability,
@@ -394,7 +223,7 @@ def write_record(config: EngineConfig, gpu: Gpu, tensorrt_version: str) -> PlanR
 
 
 def read_record(folder: Path) -> PlanRecord:
-    """What the plan in `folder` was built for.
+    """The record of the plan in `folder`.
 
     Raises:
         ValueError: There is no plan or no record of it.

@@ -1,4 +1,4 @@
-"""The trained Keras model as one ONNX file with the contract's names and shapes."""
+"""Export the trained Keras model to ONNX, with the contract's names and shapes."""
 
 from __future__ import annotations
 

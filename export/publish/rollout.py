@@ -1,4 +1,4 @@
-"""Serve another version in a running Triton, tried beside the old one first, and go back.
+"""Roll out another version in a running Triton, or roll back.
 
 The server runs under explicit model control on the same repository (`python -m serving local
 --explicit`). A variant is loaded as `chestct_candidate`, where no client looks, and has to answer
@@ -14,11 +14,8 @@ import json
 import logging
 import os
 import shutil
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,34 +24,20 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from chestct.contract import MODEL_NAME, ModelFacts
-from chestct.inference.client import ScanClient, TLSOptions
-from chestct.inference.proxies import url_opener, url_proxy
-from export.check.parity import (
-    ENGINES,
-    Outputs,
-    ParityConfig,
-    Runner,
-    Tolerance,
-    check_parity,
-    compare,
-    run_all,
-    triton_runner,
-)
+from chestct.inference.client import TLSOptions
+from export.check.parity import ParityConfig, Tolerance, check_parity, compare
+from export.check.runners import ENGINES, Outputs, Runner, run_all, triton_runner
 from export.convert.onnx import OnnxConfig, write_onnx
+from export.publish.admin import ADMIN_KEY, SETTLE_S, TritonAdmin
+from export.publish.config_pbtxt import engine_of, facts_of_config
 from export.publish.repository import (
-    CANDIDATE,
-    DECODE,
-    ENCODED,
-    ServeConfig,
-    VariantConfig,
-    follow,
-    parsed_config,
     promote,
     roll_back,
-    serve,
-    served_version,
+    sync_encoded_ensemble,
     write_repository,
 )
+from export.publish.settings import CANDIDATE, DECODE, ENCODED, ServeConfig, VariantConfig
+from export.publish.versions import served_config, served_version, set_served_version
 from training.common.atomic_io import sha256_of
 from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config
@@ -63,9 +46,7 @@ from training.track.registry import model_folder
 
 logger = logging.getLogger(__name__)
 
-ADMIN_KEY = "CHESTCT_ADMIN_KEY"  # environment variable; never an argument, which `ps` shows
 RECORD = "rollouts.jsonl"
-SETTLE_S = 30.0
 # Engines other than ONNX Runtime's FP32 choose kernels by the number of threads.
 LOOSE = Tolerance(
     probabilities=0.02, activation_map=0.05, domain_distance=0.05, label_agreement=0.97
@@ -100,91 +81,15 @@ class RolloutConfig:
     keep_versions: Annotated[int, Field(ge=2)] = 2
 
 
-class Server:
-    """The admin API of a running Triton over HTTP, and sessions with its models."""
-
-    def __init__(
-        self, url: str, admin_key: str, tls: TLSOptions | None = None, timeout_s: float = 600.0
-    ) -> None:
-        """Nothing is sent yet.
-
-        Raises:
-            ValueError: Another address than http:// or https://, or no key.
-        """
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url}: the admin API is spoken to over http:// or https://")
-        if not admin_key:
-            raise ValueError(f"no admin key; put the server's into the environment as {ADMIN_KEY}")
-        self.url, self._key, self._tls, self._timeout_s = url.rstrip("/"), admin_key, tls, timeout_s
-        self._context: ssl.SSLContext | None = None
-        if url.startswith("https://"):
-            self._context = ssl.create_default_context(cafile=tls.ca if tls else None)
-            if tls and tls.cert:
-                self._context.load_cert_chain(tls.cert, tls.key)
-
-    def session(self, model: str = MODEL_NAME) -> ScanClient:
-        """A session with a model, not connected yet."""
-        return ScanClient(self.url, model, tls=self._tls, connect_timeout_s=SETTLE_S)
-
-    def load(self, model: str) -> None:
-        """Load what the repository says of a model, or replace what is loaded; waits for it.
-
-        Raises:
-            ValueError: Triton refuses; what it served before it goes on serving.
-            OSError: The server does not answer.
-        """
-        self._post(f"/v2/repository/models/{model}/load", b"{}")
-
-    def unload(self, model: str) -> None:
-        """Unload a model; nothing happens where it is not loaded.
-
-        Raises:
-            ValueError: Triton refuses.
-            OSError: The server does not answer.
-        """
-        self._post(f"/v2/repository/models/{model}/unload", b"{}")
-
-    def ready(self) -> set[str]:
-        """Names of the models that are ready.
-
-        Raises:
-            ValueError: Triton refuses.
-            OSError: The server does not answer.
-        """
-        index = json.loads(self._post("/v2/repository/index", b"{}"))
-        return {item["name"] for item in index if item.get("state") == "READY"}
-
-    def _post(self, path: str, body: bytes) -> bytes:
-        request = urllib.request.Request(
-            self.url + path, body, {"admin-key": self._key, "Content-Type": "application/json"}
-        )
-        try:
-            opener = url_opener(self.url, self._context)
-            with opener.open(request, timeout=self._timeout_s) as answer:
-                content: bytes = answer.read()
-                return content
-        except urllib.error.HTTPError as error:
-            with error:
-                text = error.read().decode(errors="replace")[:500]
-            if error.code in (401, 403):
-                text += f" (is {ADMIN_KEY} the key of this server?)"
-            raise ValueError(f"{self.url}{path}: HTTP {error.code}: {text}") from error
-        except OSError as error:
-            proxy = url_proxy(self.url)
-            if proxy is None:
-                raise
-            raise ConnectionError(f"{self.url}{path}: {error} ({proxy})") from error
-
-
-def roll_out(config: RolloutConfig, server: Server, variant: str) -> dict[str, Any]:
+def roll_out(config: RolloutConfig, server: TritonAdmin, variant: str) -> dict[str, Any]:
     """Serve the published version of a variant as `chestct`; returns the record of it.
 
     Order: the stored parity report, loading beside the old version (Triton runs the warm-up
     batches), a real inference, parity over the wire with the file itself, the golden set against
-    what is served, the switch, and the same answers again from `chestct`.
+    the served version, the switch, and the same answers again from `chestct`.
 
     Raises:
-        ValueError: One of these fails; what was served is served.
+        ValueError: One of these fails; the version served before is served.
         chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
         OSError: The server does not answer, or the repository cannot be written.
     """
@@ -224,11 +129,11 @@ def roll_out(config: RolloutConfig, server: Server, variant: str) -> dict[str, A
     return record
 
 
-def undo(config: RolloutConfig, server: Server) -> int:
+def undo(config: RolloutConfig, server: TritonAdmin) -> int:
     """Serve the version before again; returns its number.
 
     Raises:
-        ValueError: There is none, or Triton refuses it; what was served is served.
+        ValueError: There is none, or Triton refuses it; the version served before is served.
         OSError: The server does not answer, or the repository cannot be written.
     """
     version = _switch(config, server, lambda: roll_back(config.repository / MODEL_NAME))
@@ -236,8 +141,8 @@ def undo(config: RolloutConfig, server: Server) -> int:
     return version
 
 
-def status(server: Server) -> dict[str, Any]:
-    """What the server says of the model that it serves: version, run, data hash, commit.
+def status(server: TritonAdmin) -> dict[str, Any]:
+    """The served model: version, training run, data hash, commit.
 
     Raises:
         chestct.errors.ChestCTError: The server fails or does not keep the contract.
@@ -263,13 +168,12 @@ def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: st
     """
     folder = Path("results/rollout") / model_folder(model).name
     write_onnx(OnnxConfig(model=model, output=folder / "model.onnx"))
-    engine = (
-        serve_config.models()["fp32"].engine if "fp32" in serve_config.variants else "onnxruntime"
-    )
+    models = serve_config.models()
+    engine = models["fp32"].engine if "fp32" in models else "onnxruntime"
     verdict = check_parity(
         ParityConfig(variant=folder, engines=(engine,), model=model, scans=config.scans)
     )
-    logger.info("%s", verdict.in_words())
+    logger.info("%s", verdict.describe())
     published = dataclasses.replace(
         serve_config,
         variants={"fp32": VariantConfig(folder, engine)},
@@ -316,29 +220,21 @@ def _require_parity(source: Path) -> None:
 
 
 def _golden_set(config: RolloutConfig, source: Path) -> ScanSet:
-    message = parsed_config((source / "config.pbtxt").read_text(encoding="utf-8"))
-    own = {key: value.string_value for key, value in message.parameters.items()}
-    window = ModelFacts.from_parameters(own).window
+    window = facts_of_config(served_config(source)).window
     sets = read_split(config.scans, config.split, window)
     if config.golden not in sets or not len(sets[config.golden]):
         raise ValueError(f"golden is {config.golden!r}; expected a split with scans: {list(sets)}")
     scans = sets[config.golden]
-    chosen = evenly_spread(len(scans), config.most_golden)
-    return ScanSet(
-        scans.pixels[chosen],
-        scans.labels[chosen],
-        scans.groups[chosen],
-        tuple(scans.paths[index] for index in chosen),
-        scans.names,
-    )
+    keep = np.zeros(len(scans), bool)
+    keep[evenly_spread(len(scans), config.most_golden)] = True
+    return scans.where(keep)
 
 
 def _require_same_file(source: Path, candidate: Runner, scans: ScanSet) -> None:
-    """Hold what the server answers to what the file itself answers here."""
+    """Require that the server answers as the file itself does in this process."""
     folder = _version_folder(source)
-    message = parsed_config((folder / "config.pbtxt").read_text(encoding="utf-8"))
-    accelerators = message.optimization.execution_accelerators.cpu_execution_accelerator
-    engine = "openvino" if any(item.name == "openvino" for item in accelerators) else "onnxruntime"
+    message = served_config(folder)
+    engine = "openvino" if engine_of(message) == "openvino" else "onnxruntime"
     exact = engine == "onnxruntime" and message.parameters["precision"].string_value == "fp32"
     report = compare(
         scans.pixels,
@@ -346,9 +242,9 @@ def _require_same_file(source: Path, candidate: Runner, scans: ScanSet) -> None:
         (f"triton {CANDIDATE}", candidate),
         Tolerance() if exact else LOOSE,
     )
-    logger.info("%s", report.in_words())
+    logger.info("%s", report.describe())
     if not report:
-        raise ValueError(f"nothing is switched: {report.in_words()}")
+        raise ValueError(f"nothing is switched: {report.describe()}")
 
 
 def _judge(
@@ -389,7 +285,7 @@ def _judge(
     return figures
 
 
-def _switch(config: RolloutConfig, server: Server, change: Callable[[], int]) -> int:
+def _switch(config: RolloutConfig, server: TritonAdmin, change: Callable[[], int]) -> int:
     """Change the repository, let the server follow, and undo both where it cannot."""
     folder = config.repository / MODEL_NAME
     old = served_version(folder)
@@ -398,14 +294,14 @@ def _switch(config: RolloutConfig, server: Server, change: Callable[[], int]) ->
         _load_all(config, server)
     except (ValueError, OSError):
         if old is not None and old != version:
-            serve(folder, old)
-            follow(config.repository, config.keep_versions)
+            set_served_version(folder, old)
+            sync_encoded_ensemble(config.repository, config.keep_versions)
             _load_all(config, server)
         raise
     return version
 
 
-def _load_all(config: RolloutConfig, server: Server) -> None:
+def _load_all(config: RolloutConfig, server: TritonAdmin) -> None:
     with_encoded = ENCODED in server.ready()
     server.load(MODEL_NAME)
     if with_encoded:
@@ -414,7 +310,7 @@ def _load_all(config: RolloutConfig, server: Server) -> None:
 
 
 def _require_switched(
-    config: RolloutConfig, server: Server, version: int, scans: ScanSet, expected: Outputs
+    config: RolloutConfig, server: TritonAdmin, version: int, scans: ScanSet, expected: Outputs
 ) -> None:
     try:
         _require_version(server, version)
@@ -428,7 +324,7 @@ def _require_switched(
         raise
 
 
-def _require_version(server: Server, version: int) -> None:
+def _require_version(server: TritonAdmin, version: int) -> None:
     deadline = time.monotonic() + SETTLE_S
     while (found := status(server)["version"]) != str(version):
         if time.monotonic() > deadline:
@@ -437,7 +333,7 @@ def _require_version(server: Server, version: int) -> None:
     logger.info("%s serves version %d of %s", server.url, version, MODEL_NAME)
 
 
-def _discard_candidate(config: RolloutConfig, server: Server) -> None:
+def _discard_candidate(config: RolloutConfig, server: TritonAdmin) -> None:
     folder = config.repository / CANDIDATE
     if folder.exists():
         try:
@@ -448,7 +344,7 @@ def _discard_candidate(config: RolloutConfig, server: Server) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve another version in a running Triton, or the one before again; results on stdout."""
+    """Serve another version in a running Triton, or the version before; results on stdout."""
     parser = command_parser("export rollout", main.__doc__, "configs/rollout.yaml")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--variant", help="roll out this published variant")
@@ -460,7 +356,9 @@ def main(argv: list[str] | None = None) -> int:
         help="export this model of MLflow, without a value the champion, and roll it out",
     )
     what.add_argument("--roll-back", action="store_true", help="serve the version before again")
-    what.add_argument("--status", action="store_true", help="what is served, and where it is from")
+    what.add_argument(
+        "--status", action="store_true", help="show the served version and its training run"
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="http:// or https://")
     parser.add_argument("--serve-config", type=Path, default=Path("configs/serve.yaml"))
     for name, text in (
@@ -476,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
         given = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
         tls = TLSOptions(*given) if any(given) else None
         key = os.environ.get(ADMIN_KEY, "")
-        server = Server(arguments.url, key, tls, config.load_timeout_s)
+        server = TritonAdmin(arguments.url, key, tls, config.load_timeout_s)
         if arguments.roll_back:
             undo(config, server)
         elif not arguments.status:

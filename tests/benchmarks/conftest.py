@@ -69,7 +69,8 @@ def tiny_classifier():
 @pytest.fixture(scope="session")
 def published(phantoms, tmp_path_factory) -> Published:
     from export.convert.onnx import OnnxConfig, write_onnx
-    from export.publish.repository import RepositoryConfig, write_encoded, write_repository
+    from export.publish.repository import write_encoded, write_repository
+    from export.publish.settings import RepositoryConfig
     from training.common.atomic_io import sha256_of
 
     folder = tmp_path_factory.mktemp("published")

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.demo import (
     EXACT,
-    in_words,
+    describe_pipeline,
+    describe_served,
     largest_difference,
-    pipeline_in_words,
     serve_and_classify,
 )
 
@@ -24,12 +24,12 @@ def served(published, triton_environment):
 
 @pytest.mark.server
 def test_exact_model_is_held_to_keras_and_the_promoted_one_is_told_of(served, published):
-    assert served.exact, served.exact.in_words()
+    assert served.exact, served.exact.describe()
     assert EXACT in served.exact.candidate
     assert served.precision == "int8"
     assert served.promoted.num_scans == served.exact.num_scans == 12
     assert served.promoted.label_agreement == 1.0  # the same file under another name
-    said = "\n".join(in_words(served, published.scans / "test"))
+    said = "\n".join(describe_served(served, published.scans / "test"))
     assert "parity holds" in said
     assert "chestct is int8; it gives Keras' label to 100.0% of 12 scans" in said
     assert "12 scans of" in said
@@ -42,7 +42,7 @@ def test_promoted_model_that_differs_is_not_called_equal(served, published):
     """Words follow the figures; the limits of a variant are those of its own gate."""
     report = dataclasses.replace(served.promoted, label_agreement=0.75)
     said = "\n".join(
-        in_words(dataclasses.replace(served, promoted=report), published.scans / "test")
+        describe_served(dataclasses.replace(served, promoted=report), published.scans / "test")
     )
     assert "Keras' label to 75.0% of 12 scans" in said
 
@@ -58,7 +58,7 @@ def test_repository_without_the_exact_model_says_so(published, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     served = serve_and_classify(published.scans / "test")
     assert served.exact is None
-    assert "no FP32 model is served" in in_words(served, published.scans / "test")[0]
+    assert "no FP32 model is served" in describe_served(served, published.scans / "test")[0]
 
 
 def test_pipeline_is_told_with_the_speed_table(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_pipeline_is_told_with_the_speed_table(tmp_path, monkeypatch):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
-    said = "\n".join(pipeline_in_words())
+    said = "\n".join(describe_pipeline())
     assert "A CPU (avx512_vnni), 2 cores, GPU: none" in said
     header, row = (line.split("  ") for line in said.splitlines()[2:4])
     assert [text.strip() for text in header if text][:3] == ["engine", "variant", "p50 ms"]

@@ -6,17 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.latency import (
-    LatencyConfig,
-    Subject,
-    Timing,
-    _add_footprints,
-    _rows,
-    _run_rounds,
-    main,
-    markdown,
-    share_of_server,
-)
+from benchmarks.latency import LatencyConfig, _add_footprints, _rows, main
+from benchmarks.reports import latency_report
+from benchmarks.rounds import Subject, Timing, run_rounds, share_of_server
 from benchmarks.variants import find_variants
 from training.common.config import config_from_mapping
 
@@ -92,8 +84,8 @@ def test_time_is_bounded_and_every_subject_has_the_same_rounds():
         Subject(name, "fp32", lambda scans, name=name: calls.append(name), name)
         for name in ("a", "b")
     ]
-    config = LatencyConfig(rounds={1: 1000}, limit_s=0.2)
-    timings = _run_rounds(config, subjects, 1, np.zeros((4, 224, 224, 1), np.uint8), "")
+    scans = np.zeros((4, 224, 224, 1), np.uint8)
+    timings = run_rounds(subjects, scans, 1, rounds=1000, limit_s=0.2, seed=7)
     assert 2 <= len(timings[0].rounds) == len(timings[1].rounds) < 1000
     assert {len(turn) for turn in timings[0].rounds} == {12}
     # Two to find the repeats, then in each turn twelve untimed and twelve timed ones.
@@ -156,8 +148,10 @@ def test_all_engines_and_variants_are_measured_in_one_run(published, monkeypatch
     encoded = result["encoded"]
     assert encoded["n"] == 22
     assert min(encoded["client_p50_ms"], encoded["server_p50_ms"]) > 0
-    assert "as a whole file to `chestct_encoded`" in markdown(result)
-    assert output.with_suffix(".md").read_text() == markdown(result) == capsys.readouterr().out
+    assert "as a whole file to `chestct_encoded`" in latency_report(result)
+    assert (
+        output.with_suffix(".md").read_text() == latency_report(result) == capsys.readouterr().out
+    )
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from benchmarks.environment import cores
+from benchmarks.load import Cell, load
 from benchmarks.server import first_served_answer, statistics_after, statistics_of
-from benchmarks.throughput import Cell, load
 from chestct.inference.client import ScanClient
 from tests.support.triton import serve
 

@@ -7,9 +7,11 @@ import pytest
 
 from benchmarks.environment import cores
 from benchmarks.layouts import Layout, layouts_of, write_layouts
-from benchmarks.throughput import Cell, ThroughputConfig, file_rows, main, markdown
+from benchmarks.load import Cell
+from benchmarks.reports import throughput_report
+from benchmarks.throughput import ThroughputConfig, file_rows, main
 from benchmarks.variants import find_variants
-from export.publish.repository import parsed_config
+from export.publish.config_pbtxt import parsed_config
 from training.common.config import config_from_mapping
 
 
@@ -124,12 +126,16 @@ def test_load_and_files_are_measured(published, monkeypatch, tmp_path, capsys):
     assert [row["place"] for row in result["limits"]] == ["together", "apart"][: cores()]
     assert result["perf_analyzer"] == []
     assert result["not_measured"].keys() == {"compressed", "perf_analyzer"}
-    assert output.with_suffix(".md").read_text() == markdown(result) == capsys.readouterr().out
+    assert (
+        output.with_suffix(".md").read_text()
+        == throughput_report(result)
+        == capsys.readouterr().out
+    )
     about = {"model": "chestct_int8", "concurrency": 4}
     figures = {"stable": True, "scans_per_s": 9.06, "p50_ms": 110.04, "p99_ms": 250.0}
     result["perf_analyzer"] = [about | figures, about | {"concurrency": 16, "stable": False}]
-    assert "| chestct_int8 | 4 | 9.1 | 110.0 | 250.0 |" in markdown(result)
-    assert "| chestct_int8 | 16 | not stable | | |" in markdown(result)
+    assert "| chestct_int8 | 4 | 9.1 | 110.0 | 250.0 |" in throughput_report(result)
+    assert "| chestct_int8 | 16 | not stable |  |  |" in throughput_report(result)
 
 
 def test_nothing_served_is_one_line(published, monkeypatch, tmp_path, capsys):

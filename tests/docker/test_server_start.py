@@ -11,7 +11,7 @@ import pytest
 from docker_images_check import write_small_repository
 
 from export.convert.engine import EngineConfig, Gpu, read_record
-from export.publish.repository import parsed_config
+from export.publish.config_pbtxt import parsed_config
 from tests.support.triton import serve
 
 GPU = Gpu("Test GPU", "8.9")

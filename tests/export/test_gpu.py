@@ -23,9 +23,10 @@ import pytest
 
 import export.convert.quantize
 from chestct.inference.client import ScanClient
-from export.check.parity import keras_runner, triton_runner
+from export.check.runners import keras_runner, triton_runner
 from export.convert.engine import EngineConfig, build_plan, check_plan, write_graph
-from export.publish.repository import ServeConfig, publish_variants
+from export.publish.repository import publish_variants
+from export.publish.settings import ServeConfig
 from training.common.atomic_io import sha256_of
 from training.common.config import load_config
 from training.network.vgg16 import load_trained
@@ -74,7 +75,7 @@ def url(variants, tmp_path_factory) -> Iterator[str]:
     given = os.environ.get("CHESTCT_REPOSITORY") if server else None
     repository = Path(given) if given else tmp_path_factory.mktemp("served") / "model_repository"
     entries = {
-        name: entry | {"folder": str(variants / entry["folder"])}
+        name: dataclasses.replace(entry, folder=variants / entry.folder)
         for name, entry in ROUTES.variants.items()
     }
     config = dataclasses.replace(ROUTES, variants=entries, repository=repository)

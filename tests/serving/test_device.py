@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import serving.local
 from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, ModelFacts
 from chestct.inference.client import ScanClient
 from serving.local import LocalTriton, uses_gpu
@@ -113,5 +112,5 @@ def test_driver_that_hangs_counts_as_none(driver, tmp_path, monkeypatch):
     monkeypatch.setenv("DEVICE", "gpu")
     (tmp_path / PROVIDER).parent.mkdir(parents=True)
     (tmp_path / PROVIDER).touch()
-    monkeypatch.setattr(serving.local, "DRIVER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("serving.local.installation.DRIVER_TIMEOUT_S", 0.2)
     assert uses_gpu(tmp_path) is False

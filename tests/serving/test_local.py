@@ -31,8 +31,9 @@ import tritonclient.http
 
 from chestct.errors import InferenceTimeoutError
 from chestct.inference.client import ScanClient
-from serving import local
-from serving.local import LocalTriton, LocalTritonError, find_installation, main
+from serving.local import LocalTriton, LocalTritonError, find_installation
+from serving.local.__main__ import main
+from serving.local.process import free_ports
 from tests.support.triton import serve
 from tests.support.waiting import until
 
@@ -347,8 +348,6 @@ def test_named_model_that_is_not_there(repository: Path, environment: Path) -> N
         server.start()
     with pytest.raises(LocalTritonError, match="does not run"):
         server.peak_memory_mb()
-    with pytest.raises(ValueError, match="poll loads all"):
-        LocalTriton(repository, models=["whole"], control_mode="poll")
 
 
 def test_named_model_that_does_not_load_is_told_with_its_reason(
@@ -417,7 +416,7 @@ def test_watch_gives_up_on_a_server_that_cannot_restart(
     write_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(local, "RESTART_LIMIT", 1)
+    monkeypatch.setattr("serving.local.server.RESTART_LIMIT", 1)
     path = write_model(tmp_path, "chestct")
     with LocalTriton(tmp_path, environment=environment, exit_timeout_s=5) as server:
         path.write_bytes(b"not a model")
@@ -531,11 +530,10 @@ def test_equal_ports_are_refused(small_repository: Path, environment: Path) -> N
 def test_port_taken_between_choice_and_bind_is_chosen_again(
     small_repository: Path, environment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = local._free_ports
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = listener.getsockname()[1]
-        choices = iter([[taken, *choose(2)], choose(3)])
-        monkeypatch.setattr(local, "_free_ports", lambda _: next(choices))
+        choices = iter([[taken, *free_ports(2)], free_ports(3)])
+        monkeypatch.setattr("serving.local.server.free_ports", lambda _: next(choices))
         with serve(small_repository, environment) as server:
             assert str(taken) not in server.http_url
             assert server.check() == []
@@ -639,7 +637,7 @@ def test_missing_models_are_one_clear_line(
 def run_main_here(*arguments: str) -> int:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return main(arguments)
+        return main(list(arguments))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

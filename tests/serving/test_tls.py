@@ -27,7 +27,8 @@ from tritonclient.utils import InferenceServerException
 
 from chestct.errors import ServerError
 from chestct.inference.client import ScanClient, TLSOptions
-from serving.local import Certificates, LocalTriton, LocalTritonError, main
+from serving.local import Certificates, LocalTriton, LocalTritonError
+from serving.local.__main__ import main
 from tests.support.triton import SMALL_FACTS, config_parameters, serve
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("tls")]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from serving import local
 from serving.local import LocalTriton
 
 LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
@@ -43,10 +42,8 @@ def end(server: LocalTriton) -> None:
 
     How a server stops in order is for tests/serving/test_local.py to tell.
     """
-    guard = server._guard
-    if guard is not None and guard.poll() is None:
-        guard.send_signal(local._KILL)
-        guard.wait(30)
+    if server._process is not None:
+        server._process.kill()
     server.stop()
 
 

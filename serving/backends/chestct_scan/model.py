@@ -31,7 +31,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def facts_of(config: Mapping[str, Any]) -> ModelFacts:
-    """What the parameters of a model config say: labels, window, domain threshold.
+    """Labels, window and domain threshold, from the parameters of a model config.
 
     Raises:
         ValueError: Parameters are missing or unreadable.

@@ -9,20 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export.check.parity import (
-    Gate,
-    ParityConfig,
-    Tolerance,
-    check_served,
-    compare,
-    compare_by_labels,
-    gate_figures,
-    keras_runner,
-    main,
-    onnx_runner,
-    openvino_runner,
-    spread_scans,
-)
+from export.check.gate import Gate, compare_by_labels, gate_figures
+from export.check.parity import ParityConfig, Tolerance, check_served, compare, main, spread_scans
+from export.check.runners import keras_runner, onnx_runner, openvino_runner
 from export.convert.quantize import QuantizeConfig, write_int8
 from training.common.atomic_io import sha256_of
 from training.common.config import config_from_mapping
@@ -63,7 +52,7 @@ def test_keras_and_onnx_runtime_agree_at_two_batch_sizes_in_full_width(full_widt
         ("onnxruntime", onnx_runner(full_width.onnx)),
         Tolerance(),
     )
-    assert report, report.in_words()
+    assert report, report.describe()
     assert report.num_scans == 9
     assert report.batch_sizes == (1, 8)
     worst = {error.output: error.max for error in report.errors}
@@ -90,7 +79,7 @@ def test_equal_answers_hold_and_every_scan_is_compared():
 def test_an_error_above_its_limit_fails(name, change):
     report = judge(changed(name, change))
     assert not report
-    assert "FAILS" in report.in_words()
+    assert "FAILS" in report.describe()
 
 
 def test_an_error_below_its_limit_holds_and_is_reported():
@@ -104,7 +93,7 @@ def test_an_error_below_its_limit_holds_and_is_reported():
 def test_another_shape_fails_in_words():
     report = judge(changed("activation_map", lambda m: m[:, :7]))
     assert not report
-    assert "activation_map has shape (1, 7, 14, 4), expected (1, 14, 14, 4)" in report.in_words()
+    assert "activation_map has shape (1, 7, 14, 4), expected (1, 14, 14, 4)" in report.describe()
 
 
 def test_a_missing_output_fails_in_words():
@@ -113,13 +102,13 @@ def test_a_missing_output_fails_in_words():
         del outputs["domain_distance"]
         return outputs
 
-    assert "output domain_distance is missing" in judge(infer).in_words()
+    assert "output domain_distance is missing" in judge(infer).describe()
 
 
 def test_comparing_nothing_fails():
     report = compare(SCANS[:0], ("one", fake_outputs), ("same", fake_outputs), Tolerance())
     assert not report
-    assert report.in_words() == "parity fails: no scan was compared"
+    assert report.describe() == "parity fails: no scan was compared"
 
 
 def test_one_other_label_fails():
@@ -208,7 +197,8 @@ def test_variant_that_fails_says_why_in_its_report(variants, config, narrow_widt
 def test_served_variant_is_judged_by_the_precision_that_it_tells(
     variants, config, trained, triton_environment, tmp_path
 ):
-    from export.publish.repository import RepositoryConfig, write_repository
+    from export.publish.repository import write_repository
+    from export.publish.settings import RepositoryConfig
     from serving.local import LocalTriton
     from training.common.config import load_config
 
@@ -224,7 +214,7 @@ def test_served_variant_is_judged_by_the_precision_that_it_tells(
     )  # fmt: skip
     with LocalTriton(repository, environment=triton_environment) as server:
         judged = check_served(load_config(ParityConfig, config), server.grpc_url, "chestct_int8")
-    assert judged, judged.in_words()
+    assert judged, judged.describe()
     [report] = judged.reports
     assert report.candidate == "triton chestct_int8 version 1"
     assert report.reference == "FP32"
@@ -369,7 +359,7 @@ def test_engine_that_lacks_an_output_fails_in_words():
     def lacking(scans):
         return {"probabilities": answers(SCORES, scans)["probabilities"]}
 
-    assert "output activation_map is missing" in gated(lacking).in_words()
+    assert "output activation_map is missing" in gated(lacking).describe()
 
 
 def test_nothing_compared_is_a_failure():
@@ -399,4 +389,4 @@ def test_openvino_answers_as_onnx_runtime_does_in_fp32(exported, scan_batch):
         ("openvino", openvino_runner(exported)),
         Tolerance(),
     )
-    assert report, report.in_words()
+    assert report, report.describe()

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import yaml
 
-from export.check.parity import Gate
+from export.check.gate import Gate
 from export.convert.compress import CompressConfig, compress, fastest_allowed, latencies_ms
 from export.convert.onnx import contract_differences
 from training.common.atomic_io import write_json

@@ -19,17 +19,15 @@ from export.convert.engine import (
     NoGpuError,
     PlanRecord,
     build_plan,
-    cast_first,
     check_plan,
     find_gpu,
-    graph_of_precision,
     main,
     plan_mismatches,
     read_record,
-    tensorrt_objections,
     write_graph,
 )
 from export.convert.onnx import contract_differences
+from export.convert.tensorrt_graph import cast_first, graph_of_precision, tensorrt_objections
 from training.common.atomic_io import sha256_of
 from training.common.config import config_from_mapping
 

@@ -11,22 +11,18 @@ import openvino
 import pytest
 
 from chestct.contract import LUNG_WINDOW, OUTPUT_NAMES, ModelFacts
-from export.check.parity import onnx_runner, openvino_runner
-from export.convert.engine import tensorrt_objections
-from export.convert.onnx import contract_differences, onnx_from_keras
-from export.convert.quantize import (
+from export.check.runners import onnx_runner, openvino_runner
+from export.convert.int8 import (
     ACTIVATION_STEPS,
-    QuantizeConfig,
     backbone,
     best_range,
-    calibration_scans,
     first_kernel,
-    for_tensorrt,
-    main,
     pixel_map,
     quantized,
-    write_int8,
 )
+from export.convert.onnx import contract_differences, onnx_from_keras
+from export.convert.quantize import QuantizeConfig, calibration_scans, main, write_int8
+from export.convert.tensorrt_graph import for_tensorrt, tensorrt_objections
 from training.common.atomic_io import sha256_of
 from training.common.config import config_from_mapping
 from training.data.dataset import ScanSet

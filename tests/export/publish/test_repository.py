@@ -13,7 +13,16 @@ import training.common.atomic_io
 from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
 from chestct.inference.client import ScanClient
 from export.convert.engine import PlanRecord
+from export.publish.config_pbtxt import config_pbtxt, parsed_config
 from export.publish.repository import (
+    main,
+    promote,
+    publish_variants,
+    roll_back,
+    write_encoded,
+    write_repository,
+)
+from export.publish.settings import (
     DECODE,
     ENCODED,
     ENGINES,
@@ -21,16 +30,8 @@ from export.publish.repository import (
     RepositoryConfig,
     ServeConfig,
     VariantConfig,
-    config_pbtxt,
-    main,
-    parsed_config,
-    promote,
-    publish_variants,
-    roll_back,
-    served_version,
-    write_encoded,
-    write_repository,
 )
+from export.publish.versions import served_version
 from serving.local import LocalTriton
 from training.common.atomic_io import sha256_of
 from training.common.config import config_from_mapping, load_config

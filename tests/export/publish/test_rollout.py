@@ -20,17 +20,12 @@ from onnx import numpy_helper
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.inference.client import ScanClient
-from export.publish import rollout
-from export.publish.repository import (
-    CANDIDATE,
-    ENCODED,
-    RepositoryConfig,
-    config_pbtxt,
-    promote,
-    served_version,
-    write_encoded,
-)
-from export.publish.rollout import ADMIN_KEY, RolloutConfig, Server, main, roll_out, status, undo
+from export.publish.admin import ADMIN_KEY, TritonAdmin
+from export.publish.config_pbtxt import config_pbtxt
+from export.publish.repository import promote, write_encoded
+from export.publish.rollout import RolloutConfig, main, roll_out, status, undo
+from export.publish.settings import CANDIDATE, ENCODED, RepositoryConfig
+from export.publish.versions import served_version
 from serving.local import LocalTriton
 from training.common.atomic_io import sha256_of
 
@@ -52,7 +47,7 @@ class Stage:
 
     config: RolloutConfig
     triton: LocalTriton
-    server: Server
+    server: TritonAdmin
 
     @property
     def model(self) -> Path:
@@ -98,7 +93,7 @@ def stage(
         exit_timeout_s=5,
         admin_key="of-the-test",
     ) as triton:
-        yield Stage(config, triton, Server(triton.http_url, "of-the-test"))
+        yield Stage(config, triton, TritonAdmin(triton.http_url, "of-the-test"))
 
 
 @dataclass
@@ -298,9 +293,9 @@ def test_commands_and_the_key(
 
 def test_the_name_of_the_variable_is_the_servers() -> None:
     """The rooms may not import each other, so each names it for itself."""
-    from serving import local
+    from serving.local.__main__ import ADMIN_KEY as OF_SERVER
 
-    assert local.ADMIN_KEY == rollout.ADMIN_KEY
+    assert OF_SERVER == ADMIN_KEY
 
 
 def tiny_run(folder: Path) -> str:

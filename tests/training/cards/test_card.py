@@ -16,7 +16,9 @@ import yaml
 
 import training.cards.card
 from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
-from export.publish.repository import RepositoryConfig, parsed_config, write_repository
+from export.publish.config_pbtxt import parsed_config
+from export.publish.repository import write_repository
+from export.publish.settings import RepositoryConfig
 from training.cards.card import main, write_cards
 from training.cards.model_card import (
     CHECKS,
