@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chestct import __version__
-from chestct.batch.pipeline import DECODE_LIMIT_S, NUM_IN_THREADS, classify_sources, new_workers
+from chestct.batch.decode_pool import DECODE_LIMIT_S, NUM_IN_THREADS, DecodePool
+from chestct.batch.pipeline import classify_sources
 from chestct.batch.selection import Choice, find_sources, listed_paths, watch_sources
 from chestct.batch.series_collector import SeriesGatherer
-from chestct.batch.workers import Workers
 from chestct.cli import web
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.errors import OutOfDomainError, ServerError, SpoolError
@@ -438,7 +438,7 @@ def _listen(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         # What others send is decoded apart: it may crash, hang, or ask for all the memory.
-        with new_workers(num_in_threads=0) as workers, Listener(config, report):
+        with DecodePool(num_in_threads=0) as workers, Listener(config, report):
             stopped.wait()
     except (SpoolError, ImportError) as error:
         raise _UsageError(error) from error
@@ -476,7 +476,7 @@ def _classify(arguments: argparse.Namespace) -> int:
             f"{LEAST_MEMORY_MB}"
         )
     try:
-        workers = new_workers(
+        workers = DecodePool(
             arguments.workers,
             limit_s=arguments.decode_limit_s,
             num_in_threads=num_in_threads,
@@ -505,7 +505,7 @@ def _classify(arguments: argparse.Namespace) -> int:
             cluster = stack.enter_context(_cluster(arguments, fleet, workers))
         stack.enter_context(workers)
         stack.enter_context(fleet)
-        outputs = _outputs(arguments, fleet, records, stack)
+        outputs = _outputs(arguments, fleet, workers, records, stack)
         run = _Run(arguments, fleet, outputs, finished, stack, stdout)
         chosen, with_map = chain(first, left), any(output.wants_maps for output in outputs)
         if cluster is not None:
@@ -522,7 +522,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if run.tally.num_failed else DONE
 
 
-def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: Workers) -> RayCluster:
+def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: DecodePool) -> RayCluster:
     from chestct.batch.ray_engine import RayCluster, RayOptions
 
     return RayCluster(
@@ -619,6 +619,7 @@ def _earlier_records(arguments: argparse.Namespace) -> RecordFile | ParquetFile 
 def _outputs(
     arguments: argparse.Namespace,
     fleet: Fleet,
+    workers: DecodePool,
     records: RecordFile | ParquetFile | None,
     stack: contextlib.ExitStack,
 ) -> list[Output]:
@@ -638,7 +639,7 @@ def _outputs(
         from chestct.pacs.reports import DicomReports
 
         try:
-            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window))
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window, workers))
         except ImportError as error:
             raise _UsageError(error) from error
     for output in outputs:

@@ -238,7 +238,7 @@ def inspect_scans(
         At least one slice; one with an error for a file that cannot be read.
 
     Raises:
-        MemoryError: Decoding needs more than the process may take, see `chestct.batch.workers`.
+        MemoryError: Decoding needs more than the process may take, see `chestct.batch.decode_pool`.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     name = source.name
