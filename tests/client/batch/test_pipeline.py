@@ -146,7 +146,7 @@ def test_each_processor_decodes_a_file(
         return inspect_scans(source, window)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    monkeypatch.setattr("chestct.batch.pipeline.inspect_scans", inspect_together)
+    monkeypatch.setattr("chestct.batch.decode_worker.inspect_scans", inspect_together)
     lines = list(classify_paths(client, [scan_folder / "0 (1).png"] * 6, batch_size=3))
     assert [line["status"] for line in lines] == ["ok"] * 6
 
@@ -160,7 +160,7 @@ def test_dicom_is_shown_in_the_window_of_the_model(
         seen.append(window)
         return inspect_scans(source, window)
 
-    monkeypatch.setattr("chestct.batch.pipeline.inspect_scans", spy)
+    monkeypatch.setattr("chestct.batch.decode_worker.inspect_scans", spy)
     grpc_peer.model.parameters["window_center_hu"] = "40.0"
     grpc_peer.model.parameters["window_width_hu"] = "400.0"
     with ScanClient(grpc_peer.url) as client:

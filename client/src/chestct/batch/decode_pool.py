@@ -18,13 +18,14 @@ import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 from types import NoneType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from chestct.batch.decode_worker import OUT_OF_MEMORY, messages
+from chestct.batch.decode_worker import OUT_OF_MEMORY, Message, messages
 from chestct.contract import SCAN_SHAPE, Window
 from chestct.errors import DecoderCrashedError, OutOfDomainError, ScanDecodeError
 from chestct.imaging.dicom import SliceFacts
@@ -46,7 +47,7 @@ DECODE_LIMIT_S = 60.0
 NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
 MAX_BYTES_IN_THREADS = 2**20  # a slice of 512 x 512 has half of it
 MAX_WORKERS = 32
-MAX_HEADER_BYTES = 2**20
+MAX_MESSAGE_BYTES = 2 * MAX_PIXELS
 START_LIMIT_S = 120.0  # of an interpreter with numpy, on a machine that is busy
 START_PAUSES_S = (0.1, 0.5, 2.0)  # before each further try to start a process
 END_LIMIT_S = 10.0
@@ -363,16 +364,17 @@ class _Worker:
         self._stdin.write(data)
         await self._stdin.drain()
 
-    async def receive(self) -> tuple[Header, list[bytes]]:
+    async def receive(self) -> Message:
         """The next message: a header and the bytes that it announces."""
-        (length,) = struct.unpack(">I", await self._stdout.readexactly(4))
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
-        header = json.loads(await self._stdout.readexactly(length))
-        sizes = [int(size) for size in header["blobs"]]
-        if len(sizes) > 2 or any(not 0 < size <= MAX_PIXELS for size in sizes):
-            raise ValueError(f"blobs of {sizes} bytes")
-        return header, [await self._stdout.readexactly(size) for size in sizes]
+        lengths = struct.unpack(">II", await self._stdout.readexactly(8))
+        if max(lengths) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message of {lengths} bytes")
+        content = memoryview(await self._stdout.readexactly(sum(lengths)))
+        header = json.loads(bytes(content[: lengths[0]]))
+        ends = list(accumulate(map(int, header["blobs"]), initial=lengths[0]))
+        if ends != sorted(ends) or ends[-1] != len(content):
+            raise ValueError(f"blobs of {header['blobs']} bytes")
+        return header, [content[start:end] for start, end in pairwise(ends)]
 
     async def end(self) -> tuple[str, tuple[str]]:
         """How a process ended that closed its pipes: kind and message of a `DecoderLostError`."""
@@ -409,7 +411,7 @@ def _decoded_here(task: Header) -> list[DecodedSlice]:
         raise DecoderLostError(MEMORY, SWOLLEN) from error
 
 
-def _slice(header: Header, blobs: list[bytes]) -> DecodedSlice:
+def _slice(header: Header, blobs: list[Any]) -> DecodedSlice:
     """The slice of a message; wrong messages raise LookupError, ValueError or TypeError."""
     name, decode_ms = str(header["name"]), float(header["decode_ms"])
     if header["kind"] == "error":
@@ -427,7 +429,7 @@ def _slice(header: Header, blobs: list[bytes]) -> DecodedSlice:
     return DecodedSlice(name, scan, decode_ms, picture)
 
 
-def _picture(header: Header, data: bytes) -> Picture:
+def _picture(header: Header, data: Any) -> Picture:
     if header["dtype"] not in ("<i2", "|u1"):
         raise ValueError(header["dtype"])
     pixels = np.frombuffer(data, header["dtype"]).reshape(tuple(map(int, header["shape"])))

@@ -53,7 +53,7 @@ ENCRYPTED = 0x1  # general purpose bit 0: APPNOTE, section 4.4.4
 MAX_UNPACKED_BYTES = 4 * 2**30  # of a whole archive; one member at a time is in memory
 INT16 = np.iinfo(np.int16)
 
-Message = tuple[dict[str, Any], list[bytes]]
+Message = tuple[dict[str, Any], list[Any]]  # and what it announces, as bytes
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ def messages(task: dict[str, Any], data: bytes = b"") -> Iterator[Message]:
 
 
 def _write(file: BinaryIO, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
-    text = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
-    file.write(struct.pack(">I", len(text)) + text)
+    sizes = [len(blob) for blob in blobs]
+    text = json.dumps({**header, "blobs": sizes}).encode()
+    file.write(struct.pack(">II", len(text), sum(sizes)) + text)
     file.writelines(blobs)
     file.flush()
 
