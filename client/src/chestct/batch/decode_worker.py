@@ -83,17 +83,21 @@ def main(limits_text: str) -> None:
     limits.MAX_PIXELS = allowed["max_pixels"]
     Image.MAX_IMAGE_PIXELS = None  # ours is checked first, and is the smaller one
     # Decoders that print must not print among the answers.
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "wb", buffering=2**17)  # the answers to a file of one slice
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _warm_up()
     _write(answers, {"kind": "ready"})
+    answers.flush()
     tasks = sys.stdin.buffer
     try:
         while head := tasks.read(4):
             task = json.loads(tasks.read(*struct.unpack(">I", head)))
             for message in messages(task, tasks.read(task["num_bytes"])):
                 _write(answers, *message)
+                if "name" in task:  # somebody waits for each slice
+                    answers.flush()
             _write(answers, {"kind": "end"})
+            answers.flush()
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
@@ -126,7 +130,6 @@ def _write(file: BinaryIO, header: dict[str, Any], blobs: Sequence[bytes] = ()) 
     text = json.dumps({**header, "blobs": sizes}).encode()
     file.write(struct.pack(">II", len(text), sum(sizes)) + text)
     file.writelines(blobs)
-    file.flush()
 
 
 def _confine(memory_bytes: int) -> None:
@@ -146,7 +149,7 @@ def _warm_up() -> None:
     """Loads what the first file would wait for."""
     import pydicom.pixels
 
-    Image.init()
+    Image.preinit()
     del pydicom
 
 
