@@ -81,6 +81,7 @@ def test_answers_are_those_of_the_command_line(page, small_triton, files):
     kinds = [line["error"]["type"] for line in lines[2:]]
     assert kinds == ["ScanDecodeError", "ScanDecodeError", "OutOfDomainError"]
     assert "the plane is coronal" in lines[4]["error"]["message"]
+    assert lines[4]["error"]["kind"] == "coronal"
     assert {line["notice"] for line in lines} == {NOT_A_MEDICAL_DEVICE}
 
 
@@ -309,7 +310,7 @@ def test_workers_that_die_or_hang_cost_one_file(make_page, files):
 
 def test_a_slice_that_needs_too_much_memory_leaves_the_rest_of_the_archive(make_page, files):
     """More than a worker has, between two good ones."""
-    page = make_page(settings="worker_memory_bytes=288 * 2**20")
+    page = make_page(settings="worker_memory_bytes=256 * 2**20")
     wait_for_model(page)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:

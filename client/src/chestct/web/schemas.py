@@ -22,6 +22,7 @@ class ErrorFacts(_Body):
 
     type: str = Field(examples=["ScanDecodeError"])
     message: str = Field(examples=["notes.txt: neither PNG, JPEG nor DICOM by its content"])
+    kind: str = Field("", description="Of what is no axial slice by its tags: `coronal` and so on.")
 
 
 class ErrorBody(_Body):
