@@ -12,7 +12,6 @@ import yaml
 import training.common.atomic_io
 from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
 from chestct.inference.client import ScanClient
-from export.check.runners import ENGINES
 from export.convert.engine import PlanRecord
 from export.publish.config_pbtxt import config_pbtxt, parsed_config
 from export.publish.repository import (
@@ -23,7 +22,14 @@ from export.publish.repository import (
     write_encoded,
     write_repository,
 )
-from export.publish.settings import DECODE, ENCODED, GPU_ENGINES, RepositoryConfig, ServeConfig
+from export.publish.settings import (
+    DECODE,
+    ENCODED,
+    ENGINES,
+    GPU_ENGINES,
+    RepositoryConfig,
+    ServeConfig,
+)
 from export.publish.versions import served_version
 from serving.local import LocalTriton
 from training.common.atomic_io import sha256_of
