@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from benchmarks.layouts import Layout, write_layouts
 from benchmarks.variants import Variant, median_interval
-from chestct.batch.pipeline import classify_sources, decode_source, new_workers
+from chestct.batch.decode_pool import DecodePool
+from chestct.batch.pipeline import classify_sources
 from chestct.imaging.prepare import Scan
 from chestct.imaging.sources import Source
 from chestct.inference.server_pool import Fleet
@@ -100,11 +101,11 @@ def _turns(
 ) -> list[dict[str, float]]:
     """For each turn, scans a second of decoding, of the server, and of a batch that does both."""
     window = fleet.facts.window
-    with new_workers(num_in_threads=0) as workers:
+    with DecodePool(num_in_threads=0) as workers:
 
         def decode() -> list[Any]:
-            futures = [workers.submit(decode_source, source, window) for source in sources]
-            return [each.scan.pixels for future in futures for each in future.result()[0]
+            futures = [workers.submit(source, window) for source in sources]
+            return [each.scan.pixels for future in futures for each in future.result()
                     if isinstance(each.scan, Scan)]  # fmt: skip
 
         def serve() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import threading
@@ -14,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chestct.batch.decode_pool import DecodePool
 from chestct.batch.pipeline import (
     classify_paths,
     classify_sources,
     decoded_files,
-    new_workers,
-    start_decoding,
 )
 from chestct.batch.selection import FLUSH, Flush
 from chestct.contract import LUNG_WINDOW, Window
@@ -28,6 +26,7 @@ from chestct.imaging.prepare import Slice, inspect_scans
 from chestct.imaging.sources import Source, list_scans
 from chestct.inference.client import ScanClient
 from chestct.inference.server_pool import Fleet
+from tests.client.batch.faults import faulty, install
 from tests.client.swelling import dicom_that_swells
 
 
@@ -143,12 +142,12 @@ def test_each_processor_decodes_a_file(
 ) -> None:
     together = threading.Barrier(3, timeout=30)  # breaks where fewer are decoded at once
 
-    def inspect_together(source: Source, window: Window) -> Iterator[Slice]:
+    def inspect_together(source: Source, window: Window, **options: Any) -> Iterator[Slice]:
         together.wait()
-        return inspect_scans(source, window)
+        return inspect_scans(source, window, **options)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    monkeypatch.setattr("chestct.batch.pipeline.inspect_scans", inspect_together)
+    monkeypatch.setattr("chestct.batch.decode_worker.inspect_scans", inspect_together)
     lines = list(classify_paths(client, [scan_folder / "0 (1).png"] * 6, batch_size=3))
     assert [line["status"] for line in lines] == ["ok"] * 6
 
@@ -158,11 +157,11 @@ def test_dicom_is_shown_in_the_window_of_the_model(
 ) -> None:
     seen: list[Window] = []
 
-    def spy(source: Source, window: Window) -> Iterator[Slice]:
+    def spy(source: Source, window: Window, **options: Any) -> Iterator[Slice]:
         seen.append(window)
-        return inspect_scans(source, window)
+        return inspect_scans(source, window, **options)
 
-    monkeypatch.setattr("chestct.batch.pipeline.inspect_scans", spy)
+    monkeypatch.setattr("chestct.batch.decode_worker.inspect_scans", spy)
     grpc_peer.model.parameters["window_center_hu"] = "40.0"
     grpc_peer.model.parameters["window_width_hu"] = "400.0"
     with ScanClient(grpc_peer.url) as client:
@@ -232,17 +231,13 @@ def test_file_that_crashes_or_hangs_its_decoder_costs_one_record(
     read: str,
     said: str,
 ) -> None:
-    (tmp_path / "bad_sources.py").write_text(
-        "import os, time\nfrom chestct.imaging.sources import Source\n"
-        f"class BadSource(Source):\n    def read(self):\n        {read}\n"
-    )
+    install(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bad_sources", raising=False)
-    bad = importlib.import_module("bad_sources").BadSource(tmp_path / "bad.dcm")
+    bad = faulty(tmp_path / "bad.dcm", read)
     good = [Source(path) for path in list_scans(scan_folder)]
     sources = [*good[:3], bad, *good[3:], *good]
     with (
-        new_workers(2, limit_s=2.0, num_in_threads=0) as workers,
+        DecodePool(2, limit_s=2.0, num_in_threads=0) as workers,
         Fleet.like(client) as fleet,
     ):
         records = [record for record, _ in classify_sources(fleet, sources, workers, 3)]
@@ -263,7 +258,7 @@ def test_file_that_swells_in_memory_costs_one_record(
     paths = [*good[:2], swelling, *good[2:], *good]
     limit = 256 * 2**20
     with (  # it is too large for a thread, though the first files go to threads
-        new_workers(1, memory_bytes=limit) as workers,
+        DecodePool(1, memory_bytes=limit) as workers,
         Fleet.like(client) as fleet,
     ):
         records = [record for record, _ in classify_sources(fleet, map(Source, paths), workers, 3)]
@@ -275,9 +270,9 @@ def test_file_that_swells_in_memory_costs_one_record(
     )
     assert [record["status"] for record in records].count("ok") == 10
     # The same file is no riddle where there is room for it.
-    with new_workers(1, num_in_threads=0) as workers:
+    with DecodePool(1, num_in_threads=0) as workers:
         source = Source(swelling)
-        [file] = decoded_files(source, start_decoding(source, LUNG_WINDOW, workers))
+        [file] = decoded_files(source, workers.submit(source, LUNG_WINDOW))
     assert "DICOM without a picture" in str(file.slice.scan)
 
 
@@ -290,7 +285,7 @@ def test_flush_sends_what_there_is(client: ScanClient, scan_folder: Path) -> Non
             yield Source(scan_folder / f"{index} (1).png")
             yield FLUSH
 
-    with new_workers(1) as workers, Fleet.like(client) as fleet:
+    with DecodePool(1) as workers, Fleet.like(client) as fleet:
         classified = classify_sources(fleet, coming(), workers, 4)
         for index in range(3):
             assert next(classified)[0]["status"] == "ok"

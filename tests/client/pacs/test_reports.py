@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 
+from chestct.batch.decode_pool import DecodePool
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.errors import ReportError
 from chestct.imaging.body import body_box
@@ -327,8 +329,16 @@ def test_overlay_colours_the_place_of_the_evidence_and_nothing_else():
     np.testing.assert_array_equal(overlay_of(grey, evidence + 7, 1, box), shown)
 
 
-def test_output_of_a_batch_writes_both_files_and_again_the_same(series, slices, files, tmp_path):
-    output = DicomReports(tmp_path / "reports", LUNG_WINDOW)
+@pytest.fixture(scope="module")
+def workers() -> Iterator[DecodePool]:
+    with DecodePool(1, num_in_threads=0) as running:
+        yield running
+
+
+def test_output_of_a_batch_writes_both_files_and_again_the_same(
+    series, slices, files, tmp_path, workers
+):
+    output = DicomReports(tmp_path / "reports", LUNG_WINDOW, workers)
     evidence = np.random.default_rng(1).normal(0, 1, (14, 14, 4)).astype(np.float32)
     items = [
         (
@@ -351,12 +361,12 @@ def test_output_of_a_batch_writes_both_files_and_again_the_same(series, slices, 
 
 
 def test_output_of_a_batch_goes_on_after_a_series_that_cannot_be_reported(
-    series, slices, files, tmp_path, caplog
+    series, slices, files, tmp_path, caplog, workers
 ):
     dataset = dcmread(files[0])
     del dataset.StudyInstanceUID
     dataset.save_as(tmp_path / "bad.dcm")
-    output = DicomReports(tmp_path / "reports", LUNG_WINDOW)
+    output = DicomReports(tmp_path / "reports", LUNG_WINDOW, workers)
     item = SimpleNamespace(
         source=Source(tmp_path / "bad.dcm"), scan=inspect_scan(files[0]), activation_map=None
     )
@@ -368,9 +378,9 @@ def test_output_of_a_batch_goes_on_after_a_series_that_cannot_be_reported(
 
 
 def test_output_of_a_batch_makes_no_report_of_a_part_of_a_series(
-    series, slices, files, tmp_path, caplog
+    series, slices, files, tmp_path, caplog, workers
 ):
-    output = DicomReports(tmp_path / "reports", LUNG_WINDOW)
+    output = DicomReports(tmp_path / "reports", LUNG_WINDOW, workers)
     item = SimpleNamespace(
         source=Source(files[0]), scan=inspect_scan(files[0]), activation_map=None
     )

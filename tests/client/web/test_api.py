@@ -305,6 +305,8 @@ def test_workers_that_die_or_hang_cost_one_file(make_page, files):
     page = make_page(settings="decode_timeout_s=4.0")
     wait_for_model(page)
     good = ("chest.png", files["chest.png"].read_bytes())
+    with ThreadPoolExecutor(2) as pool:  # until both have started in full
+        list(pool.map(lambda _: classify(page, good), range(2)))
     before = page.workers
     assert len(before) == 2
     for worker in before:

@@ -6,8 +6,6 @@ Records come in the order of the files. Everything between is bounded, so the fi
 
 from __future__ import annotations
 
-import os
-import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
@@ -17,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from chestct.batch.decode_pool import DecodedSlice, DecodePool
 from chestct.batch.selection import FLUSH, Flush
-from chestct.batch.workers import CallTimeoutError, WorkerCrashedError, Workers
 from chestct.contract import Window
-from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
-from chestct.imaging.limits import DECODE_MEMORY_BYTES
-from chestct.imaging.prepare import Scan, Slice, inspect_scans
+from chestct.errors import ScanDecodeError, ServerError
+from chestct.imaging.prepare import Scan, Slice
 from chestct.imaging.sources import Source
 from chestct.inference.client import Predictions, ScanClient
 from chestct.inference.server_pool import Fleet
@@ -31,25 +28,14 @@ from chestct.results.resume import ResumeIndex
 from chestct.results.writers import DecodedInput
 
 __all__ = [
-    "DECODE_LIMIT_S",
-    "NUM_IN_THREADS",
     "DecodedFile",
     "answered_files",
     "classify_paths",
     "classify_sources",
-    "decode_source",
     "decoded_files",
-    "new_workers",
-    "start_decoding",
 ]
 
-DECODE_LIMIT_S = 60.0
-NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
-MAX_BYTES_IN_THREADS = 2**20  # a slice of 512 x 512 has half of it
-MAX_WORKERS = 32
 MOST_FILES = 4  # times the batch size: files in a group that holds few scans
-
-_Decoded = tuple[list[Slice], float]  # the slices of a file, and ms for each
 
 
 @dataclass(frozen=True)
@@ -123,44 +109,16 @@ def classify_paths(
         ServerError: The server failed; what was finished before has been yielded.
         ValueError: `batch_size` or `workers` below 1.
     """
-    with new_workers(workers) as decoders, Fleet.like(client) as fleet:
+    with DecodePool(workers) as decoders, Fleet.like(client) as fleet:
         sources = map(Source, paths)
         for record, _ in classify_sources(fleet, sources, decoders, batch_size):
             yield record
 
 
-def new_workers(
-    num_workers: int | None = None,
-    *,
-    limit_s: float = DECODE_LIMIT_S,
-    num_in_threads: int = NUM_IN_THREADS,
-    memory_bytes: int = DECODE_MEMORY_BYTES,
-) -> Workers:
-    """The pool that decodes.
-
-    Args:
-        num_workers: How many files at once; by default one for each processor.
-        limit_s: How long one file may take in a process.
-        num_in_threads: How many files, from the first, are decoded in this process: starting
-            others takes longer. What crashes a decoder there ends this process. Files above
-            `MAX_BYTES_IN_THREADS` go to a process in any case.
-        memory_bytes: Address space of a process, where the system can limit it; 0 for no limit.
-
-    Raises:
-        ValueError: `num_workers` below 1, or no time.
-    """
-    if num_workers is None:
-        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-        num_workers = min(len(own) or os.cpu_count() or 1, MAX_WORKERS)
-    return Workers(
-        num_workers, limit_s=limit_s, num_in_threads=num_in_threads, memory_bytes=memory_bytes
-    )
-
-
 def classify_sources(
     fleet: Fleet,
     sources: Iterable[Source | Flush],
-    workers: Workers,
+    workers: DecodePool,
     batch_size: int = 8,
     *,
     with_map: bool = False,
@@ -203,15 +161,15 @@ def classify_sources(
 def _decoded_ahead(
     sources: Iterable[Source | Flush],
     window: Window,
-    workers: Workers,
+    workers: DecodePool,
     known: ResumeIndex,
     most_ahead: int,
 ) -> Iterator[DecodedFile | Flush]:
     """Slices in the order of their files, decoded while earlier ones are used; ends by `FLUSH`."""
-    ahead: deque[tuple[Source, Future[_Decoded]]] = deque()
+    ahead: deque[tuple[Source, Future[list[DecodedSlice]]]] = deque()
     for source in chain(sources, [FLUSH]):
         if not isinstance(source, Flush):
-            ahead.append((source, start_decoding(source, window, workers)))
+            ahead.append((source, workers.submit(source, window)))
         while len(ahead) >= most_ahead or (ahead and source is FLUSH):
             yield from decoded_files(*ahead.popleft(), known)
         if source is FLUSH:
@@ -243,53 +201,22 @@ def _has_room(sent: Collection[_Batch], fleet: Fleet) -> bool:
     return num_under_way < most_sent and len(sent) < 4 * most_sent
 
 
-def start_decoding(source: Source, window: Window, workers: Workers) -> Future[_Decoded]:
-    """Has `decode_source` called soon, in any case in a process where the file is large.
-
-    Args:
-        source: The file.
-        window: Window for DICOM slices.
-        workers: Pool that decodes, from `new_workers`.
-
-    Returns:
-        A future that `decoded_files` reads; it raises what `Workers.submit` says.
-    """
-    is_heavy = workers.has_threads and source.num_bytes() > MAX_BYTES_IN_THREADS
-    return workers.submit(decode_source, source, window, is_heavy=is_heavy)
-
-
-def decode_source(source: Source, window: Window) -> _Decoded:
-    """The slices of a file, and how many ms each took."""
-    start = time.perf_counter()
-    slices = list(inspect_scans(source, window))
-    return slices, 1000 * (time.perf_counter() - start) / len(slices)
-
-
 def decoded_files(
-    source: Source, decoding: Future[_Decoded], known: ResumeIndex | None = None
+    source: Source, decoding: Future[list[DecodedSlice]], known: ResumeIndex | None = None
 ) -> list[DecodedFile]:
-    """What came of decoding a file, a crash or a lapse of time among it.
+    """The slices of a file, once they are decoded.
 
     Args:
         source: The file.
-        decoding: Future of `decode_source`, from `start_decoding`.
+        decoding: From `DecodePool.submit`.
         known: What an earlier run has written; those of its slices are left out whose series has
             its record too.
     """
-    try:
-        slices, decode_ms = decoding.result()
-    except (WorkerCrashedError, CallTimeoutError, MemoryError) as error:
-        how, remedy = str(error), "Export the slice again"
-        if isinstance(error, CallTimeoutError):
-            remedy += ", or allow it more time"
-        elif isinstance(error, MemoryError):
-            how, remedy = "needs more memory than it may take", f"{remedy}, or allow it more"
-        crashed = DecoderCrashedError(f"{source.name}: decoding {how}. {remedy}.")
-        slices, decode_ms = [Slice(source.name, crashed)], 0.0
+    slices = decoding.result()
     if known is None:
-        return [DecodedFile(source, each, decode_ms) for each in slices]
+        return [DecodedFile(source, each, each.decode_ms) for each in slices]
     return [
-        DecodedFile(source, each, decode_ms, known.pending.get(each.name))
+        DecodedFile(source, each, each.decode_ms, known.pending.get(each.name))
         for each in slices
         if each.name not in known or each.name in known.pending
     ]

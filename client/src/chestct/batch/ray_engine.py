@@ -16,14 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
-from chestct.batch.pipeline import (
-    DECODE_LIMIT_S,
-    DecodedFile,
-    answered_files,
-    decoded_files,
-    new_workers,
-    start_decoding,
-)
+from chestct.batch.decode_pool import DECODE_LIMIT_S, DecodePool
+from chestct.batch.pipeline import DecodedFile, answered_files, decoded_files
 from chestct.batch.selection import Flush
 from chestct.contract import Window
 from chestct.errors import ServerError
@@ -206,11 +200,12 @@ class _Decoder:
 
     def __init__(self, window: Window, limit_s: float, memory_bytes: int) -> None:
         self._window = window
-        self._workers = new_workers(1, limit_s=limit_s, num_in_threads=0, memory_bytes=memory_bytes)
+        pool = DecodePool(1, limit_s=limit_s, num_in_threads=0, memory_bytes=memory_bytes)
+        self._pool = pool.start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         sources = [pickle.loads(each) for each in batch["source"]]
-        decoding = [start_decoding(each, self._window, self._workers) for each in sources]
+        decoding = [self._pool.submit(each, self._window) for each in sources]
         files = [
             file
             for source, future in zip(sources, decoding, strict=True)

@@ -14,10 +14,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from chestct.batch.pipeline import DECODE_LIMIT_S, NUM_IN_THREADS, classify_sources, new_workers
+from chestct.batch.decode_pool import DECODE_LIMIT_S, NUM_IN_THREADS, DecodePool
+from chestct.batch.pipeline import classify_sources
 from chestct.batch.selection import Flush, PathFilter, find_sources, listed_paths, watch_sources
 from chestct.batch.series_collector import SeriesCollector
-from chestct.batch.workers import Workers
 from chestct.cli.console import DONE, SOME_FAILED, Table, Tally, UsageError, printable, say
 from chestct.cli.options import add_list, add_number, add_server_options, fleet_of
 from chestct.cli.outputs import earlier_records, open_outputs
@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{LEAST_MEMORY_MB}"
         )
     try:
-        workers = new_workers(
+        workers = DecodePool(
             arguments.workers,
             limit_s=arguments.decode_limit_s,
             num_in_threads=num_in_threads,
@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
             cluster = stack.enter_context(_cluster(arguments, fleet, workers))
         stack.enter_context(workers)
         stack.enter_context(fleet)
-        outputs = open_outputs(arguments, fleet, records, stack)
+        outputs = open_outputs(arguments, fleet, workers, records, stack)
         batch = _Run(arguments, fleet, outputs, finished, stack, stdout)
         chosen, with_map = chain(first, left), any(output.wants_maps for output in outputs)
         if cluster is not None:
@@ -195,7 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if batch.tally.num_failed else DONE
 
 
-def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: Workers) -> RayCluster:
+def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: DecodePool) -> RayCluster:
     from chestct.batch.ray_engine import RayCluster, RayOptions
 
     return RayCluster(

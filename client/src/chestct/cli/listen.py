@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chestct.batch.pipeline import new_workers
+from chestct.batch.decode_pool import DecodePool
 from chestct.cli.console import DONE, UsageError, print_json
 from chestct.cli.options import add_list, add_number, add_server_options, client_of
 from chestct.contract import NOT_A_MEDICAL_DEVICE
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         # What others send is decoded apart: it may crash, hang, or ask for all the memory.
-        with new_workers(num_in_threads=0) as workers, Listener(config, report) as listener:
+        with DecodePool(num_in_threads=0) as workers, Listener(config, report) as listener:
             if arguments.json:
                 print_json(
                     {

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from chestct.batch.decode_pool import DecodePool
 from chestct.cli.console import UsageError
 from chestct.inference.server_pool import Fleet
 from chestct.results.formats import format_of, open_records
@@ -41,6 +42,7 @@ def earlier_records(arguments: argparse.Namespace) -> RecordFile | None:
 def open_outputs(
     arguments: argparse.Namespace,
     fleet: Fleet,
+    workers: DecodePool,
     records: RecordFile | None,
     stack: contextlib.ExitStack,
 ) -> list[Output]:
@@ -60,7 +62,7 @@ def open_outputs(
         from chestct.pacs.reports import DicomReports
 
         try:
-            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window))
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window, workers))
         except ImportError as error:
             raise UsageError(error) from error
     for output in outputs:

@@ -22,14 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from chestct.batch.pipeline import classify_sources, new_workers
-from chestct.batch.workers import Workers
+from chestct.batch.decode_pool import DecodePool
+from chestct.batch.pipeline import classify_sources
 from chestct.contract import NOT_A_MEDICAL_DEVICE, Window
 from chestct.errors import OutOfDomainError, ReportError, ScanDecodeError
 from chestct.imaging._warnings import without_warnings
 from chestct.imaging.body import body_box
 from chestct.imaging.metadata import SliceMetadata
-from chestct.imaging.prepare import inspect_scans, load_grey
 from chestct.imaging.sources import Source
 from chestct.inference.client import ScanClient
 from chestct.inference.server_pool import Fleet
@@ -125,12 +124,13 @@ class DicomReports:
     wants_maps = True
     wants_series = True
 
-    def __init__(self, folder: Path, window: Window) -> None:
+    def __init__(self, folder: Path, window: Window, workers: DecodePool) -> None:
         """Makes the folder.
 
         Args:
             folder: Where the files go.
             window: In which slices are shown; that of the model.
+            workers: Pool that decodes the pictured slices.
 
         Raises:
             ImportError: highdicom is not installed; the message says what to do.
@@ -140,6 +140,7 @@ class DicomReports:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._window = window
+        self._workers = workers
         self.num_failed = 0
 
     def add(self, record: SliceResult, item: Any) -> None:
@@ -161,8 +162,9 @@ class DicomReports:
             if record["status"] == "ok":
                 chief = record["slice"]["path"]
                 item = next(item for line, item in items if line["path"] == chief)
-                facts, evidence = item.scan.metadata, item.activation_map
-                picture = _picture(record, item.source, facts.frame, self._window, evidence)
+                frame = item.scan.metadata.frame
+                grey = self._workers.load_grey(item.source, self._window, frame=frame)
+                picture = _picture(record, grey, item.activation_map)
                 objects["sc"] = secondary_capture(record, slices, picture)
         except (ReportError, ScanDecodeError) as error:
             self.num_failed += 1
@@ -184,7 +186,7 @@ def classify_series(
     *,
     checkpoint: Callable[[], None],
     with_capture: bool = True,
-    workers: Workers | None = None,
+    workers: DecodePool | None = None,
 ) -> dict[str, bytes] | None:
     """The reports on one series, as DICOM files.
 
@@ -204,43 +206,43 @@ def classify_series(
         ImportError: highdicom is not installed; the message says what to do.
     """
     _require_highdicom()
-    window = client.facts.window
     found: list[tuple[SliceResult, Source, SliceMetadata]] = []
+    maps: dict[str, npt.NDArray[np.float32] | None] = {}
     num_failed = num_refused = 0
     with contextlib.ExitStack() as stack:
-        decoders = workers or stack.enter_context(new_workers())
+        decoders = workers or stack.enter_context(DecodePool())
         fleet = stack.enter_context(Fleet.like(client))
         checkpoint()
-        for record, item in classify_sources(fleet, map(Source, files), decoders):
+        sources = map(Source, files)
+        for record, item in classify_sources(fleet, sources, decoders, with_map=with_capture):
             checkpoint()
             if item.scan is not None:
                 found.append((record, item.source, item.scan.metadata or SliceMetadata()))
+                maps[record["path"]] = item.activation_map
             elif record["error"]["type"] == OutOfDomainError.__name__:
                 num_refused += 1
             else:
                 num_failed += 1
-    if not found:
-        if num_failed:
-            raise ReportError(f"none of {num_failed + num_refused} slices can be read")
-        return None
-    series = series_record(
-        [SeriesSlice.from_record(line, facts) for line, _, facts in found], num_failed=num_failed
-    )
-    slices = _source_slices(found)
-    objects = {"sr": structured_report(series, slices)}
-    if series["status"] == "ok" and with_capture:
-        checkpoint()
-        path = series["slice"]["path"]
-        source, facts = next(
-            (source, facts) for line, source, facts in found if line["path"] == path
+        if not found:
+            if num_failed:
+                raise ReportError(f"none of {num_failed + num_refused} slices can be read")
+            return None
+        series = series_record(
+            [SeriesSlice.from_record(line, facts) for line, _, facts in found],
+            num_failed=num_failed,
         )
-        chief = list(inspect_scans(source, window))[max(facts.frame - 1, 0)].scan
-        if isinstance(chief, ScanDecodeError):
-            raise chief
-        evidence = client.classify(chief.pixels[np.newaxis]).activation_map
-        if evidence is not None:
-            picture = _picture(series, source, facts.frame, window, evidence[0])
-            objects["sc"] = secondary_capture(series, slices, picture)
+        slices = _source_slices(found)
+        objects = {"sr": structured_report(series, slices)}
+        if series["status"] == "ok" and with_capture:
+            checkpoint()
+            path = series["slice"]["path"]
+            source, facts = next(
+                (source, facts) for line, source, facts in found if line["path"] == path
+            )
+            evidence = maps[path]
+            if evidence is not None:
+                grey = decoders.load_grey(source, client.facts.window, frame=facts.frame)
+                objects["sc"] = secondary_capture(series, slices, _picture(series, grey, evidence))
     return {kind: _file_bytes(dataset) for kind, dataset in objects.items()}
 
 
@@ -552,14 +554,9 @@ def _read_header(source: Source) -> Dataset:
 
 
 def _picture(
-    series: Mapping[str, Any],
-    source: Source,
-    frame: int,
-    window: Window,
-    evidence: npt.NDArray[np.float32],
+    series: Mapping[str, Any], grey: npt.NDArray[np.uint8], evidence: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.uint8]:
     class_index = list(series["probabilities"]).index(series["label"])
-    grey = load_grey(source, window, frame=frame)
     return overlay_of(grey, evidence, class_index, body_box(grey))
 
 

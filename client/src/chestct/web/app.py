@@ -19,11 +19,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from chestct import __version__
+from chestct.batch.decode_pool import DecodedSlice, Picture
 from chestct.contract import NOT_A_MEDICAL_DEVICE
-from chestct.errors import ServerError
+from chestct.errors import ScanDecodeError, ServerError
+from chestct.imaging.metadata import SliceMetadata
+from chestct.imaging.prepare import Scan
 from chestct.inference.client import Predictions
 from chestct.results.records import SliceResult, error_line, json_text, result_line
-from chestct.web.decoder import Decoded, Decoder, Failed, Picture
+from chestct.web.decoder import Decoder
 from chestct.web.metrics import Metrics
 from chestct.web.middleware import Guard, error_body
 from chestct.web.model_session import ModelLink
@@ -111,6 +114,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
     async def healthz() -> Response:
         """Whether a scan can be classified, by a real inference that is at most a second old."""
         try:
+            await service.decoder.require()
             return JSONResponse(vars(await service.link.health()))
         except ServerError as error:
             return _unavailable(error)
@@ -237,13 +241,13 @@ class _Service:
         num_scans = 0
         try:
             for upload in uploads:
-                async for found in self._scans(upload, side):
+                async for name, found in self._scans(upload, side):
                     num_scans += 1
                     if num_scans > self.settings.max_scans:
                         text = f"more than {self.settings.max_scans} slices in one upload"
                         yield error_line(upload.name, UploadError(413, text))
                         return
-                    waiting.append(asyncio.create_task(self._line(found)))
+                    waiting.append(asyncio.create_task(self._line(name, found)))
                     while waiting and (waiting[0].done() or len(waiting) > AHEAD):
                         yield await waiting.popleft()
             while waiting:
@@ -252,50 +256,64 @@ class _Service:
             for task in waiting:
                 task.cancel()
 
-    async def _scans(self, upload: Upload, side: int) -> AsyncGenerator[Decoded | Failed, None]:
+    async def _scans(
+        self, upload: Upload, side: int
+    ) -> AsyncGenerator[tuple[str, DecodedSlice | ServerError], None]:
         try:
             window = self.link.facts.window
         except ServerError as error:
-            yield Failed(upload.name, error)
+            yield upload.name, error
             return
         async with contextlib.aclosing(self.decoder.scans(upload, window, side)) as scans:
             async for scan in scans:
-                yield scan
+                yield scan.name, scan
 
-    async def _line(self, found: Decoded | Failed) -> SliceResult:
-        line = await self._record(found)
+    async def _line(self, name: str, found: DecodedSlice | ServerError) -> SliceResult:
+        line = await self._record(name, found)
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
         ).inc()
         self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
-    async def _record(self, found: Decoded | Failed) -> SliceResult:
-        if isinstance(found, Failed):
-            return error_line(found.name, found.error)
+    async def _record(self, name: str, found: DecodedSlice | ServerError) -> SliceResult:
+        if isinstance(found, ServerError):
+            return error_line(name, found)
+        scan = found.scan
+        if isinstance(scan, ScanDecodeError):
+            return error_line(name, scan)
         self.metrics.decode_s.observe(found.decode_ms / 1000)
         start = time.perf_counter()
         try:
-            predictions = await self.link.classify(found.pixels, found.picture is not None)
+            predictions = await self.link.classify(scan.pixels, found.picture is not None)
         except ServerError as error:
-            return error_line(found.name, error)
+            return error_line(name, error)
         infer_ms = 1000 * (time.perf_counter() - start)
         self.metrics.infer_s.observe(infer_ms / 1000)
         line = result_line(
-            found.name,
+            name,
             predictions,
             0,
             decode_ms=found.decode_ms,
             infer_ms=infer_ms,
-            reasons=found.reasons,
+            reasons=scan.reasons,
         )
         if found.picture is None:
             return line
-        shown: PageResult = {**line, "view": _view(found, found.picture, predictions)}
+        metadata = scan.metadata or SliceMetadata()
+        series = self.decoder.series_alias(metadata.series_uid)
+        view = _view(scan, found.picture, predictions, series, metadata.position_mm)
+        shown: PageResult = {**line, "view": view}
         return shown
 
 
-def _view(found: Decoded, picture: Picture, predictions: Predictions) -> View:
+def _view(
+    scan: Scan,
+    picture: Picture,
+    predictions: Predictions,
+    series: str,
+    position_mm: float | None,
+) -> View:
     """What the page draws; shapes and meaning stand in the OpenAPI description."""
     shape = picture.pixels.shape
     top, left, bottom, right = picture.box
@@ -308,11 +326,11 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> View:
         }
     return {
         "network": {
-            "width": found.pixels.shape[1],
-            "height": found.pixels.shape[0],
+            "width": scan.pixels.shape[1],
+            "height": scan.pixels.shape[0],
             "channels": 1,
             "kind": "uint8",
-            "data": base64.b64encode(found.pixels.tobytes()).decode(),
+            "data": base64.b64encode(scan.pixels.tobytes()).decode(),
         },
         "original": {
             "width": shape[1],
@@ -325,8 +343,8 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> View:
         "size": {"height": picture.size[0], "width": picture.size[1]},
         "box": {"top": top, "left": left, "bottom": bottom, "right": right},
         "activation_map": evidence,
-        "series": found.series,
-        "position_mm": found.position_mm,
+        "series": series,
+        "position_mm": position_mm,
     }
 
 
