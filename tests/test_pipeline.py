@@ -97,7 +97,8 @@ def test_pipeline_runs_once_and_then_has_nothing_to_do(clone):
     assert (clone / "model_repository" / "chestct" / "2").is_dir()
 
     code = (
-        "import os; from training.data.ingest import IngestConfig, inputs_changed; "
+        "import os; from training.data.ingest import inputs_changed; "
+        "from training.data.settings import IngestConfig; "
         "print(inputs_changed(os.environ, IngestConfig()))"
     )
     assert run(clone, "python", "-c", code).stdout == "False\n"

@@ -133,8 +133,8 @@ def test_every_config_fits_its_dataclass():
     from export.publish.settings import ServeConfig
     from training.cards.run_records import CardConfig
     from training.data.audit import AuditConfig
-    from training.data.ingest import IngestConfig
     from training.data.phantom import PhantomConfig
+    from training.data.settings import IngestConfig
     from training.data.split import SplitConfig
     from training.learn.crossvalidate import CrossValidateConfig
     from training.learn.distill import DistillConfig

@@ -23,7 +23,8 @@ import yaml
 
 from training.common.cli import run_command
 from training.common.config import load_config
-from training.data.ingest import IngestConfig, choose_overrides, inputs_changed
+from training.data.ingest import choose_overrides, inputs_changed
+from training.data.settings import IngestConfig
 
 LOGS = Path("results/logs")
 LOCK = Path(".cache/pipeline.lock")

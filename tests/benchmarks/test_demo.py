@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from benchmarks.demo import (
+    COMPARED,
     EXACT,
     describe_pipeline,
     describe_served,
@@ -27,11 +28,11 @@ def test_exact_model_is_held_to_keras_and_the_promoted_one_is_told_of(served, pu
     assert served.exact, served.exact.describe()
     assert EXACT in served.exact.candidate
     assert served.precision == "int8"
-    assert served.promoted.num_scans == served.exact.num_scans == 12
+    assert served.promoted.num_scans == served.exact.num_scans == COMPARED
     assert served.promoted.label_agreement == 1.0  # the same file under another name
     said = "\n".join(describe_served(served, published.scans / "test"))
     assert "parity holds" in said
-    assert "chestct is int8; it gives Keras' label to 100.0% of 12 scans" in said
+    assert f"chestct is int8; it gives Keras' label to 100.0% of {COMPARED} scans" in said
     assert "12 scans of" in said
     assert largest_difference(served.over_grpc, served.over_http) < 1e-6
     json.dumps(served.promoted.to_json(), allow_nan=False)
@@ -44,7 +45,7 @@ def test_promoted_model_that_differs_is_not_called_equal(served, published):
     said = "\n".join(
         describe_served(dataclasses.replace(served, promoted=report), published.scans / "test")
     )
-    assert "Keras' label to 75.0% of 12 scans" in said
+    assert f"Keras' label to 75.0% of {COMPARED} scans" in said
 
 
 @pytest.mark.server

@@ -27,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 from chestct.errors import ServerError
 from chestct.inference.client import ScanClient, TLSOptions
+from export.publish.admin import TritonAdmin
 from serving.local import Certificates, LocalTriton, LocalTritonError
 from serving.local.__main__ import main
 from tests.support.triton import SMALL_FACTS, config_parameters, serve
@@ -223,6 +224,20 @@ def test_admin_apis_need_the_key_also_over_tls(
             client.get_model_repository_index()
         with_key = {"triton-grpc-protocol-admin-key": server.admin_key}
         assert client.get_model_repository_index(headers=with_key).models
+
+
+def test_the_admin_client_of_a_rollout_speaks_tls(
+    secured: tuple[str, LocalTriton], authorities: tuple[Authority, Authority]
+) -> None:
+    kind, server = secured
+    hospital, stranger = authorities
+    own = hospital.sign("client") if kind == "mutual" else (None, None)
+    tls = TLSOptions(hospital.ca, *own)
+    assert TritonAdmin(server.http_url, server.admin_key, tls).ready() == {"chestct"}
+    with pytest.raises(ValueError, match=r"HTTP 403: .*is CHESTCT_ADMIN_KEY the key"):
+        TritonAdmin(server.http_url, "guessed", tls).ready()
+    with pytest.raises(ConnectionError, match=r"(?i)certificate"):
+        TritonAdmin(server.http_url, server.admin_key, TLSOptions(stranger.ca, *own)).ready()
 
 
 def test_files_and_options_that_do_not_fit_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,52 @@ from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, Window
 from chestct.imaging.prepare import load_scan
 
 SPLITS = ("train", "valid", "test")
+
+
+def walk(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Every file and every folder below `folder` by relative POSIX path; links are followed."""
+    files: dict[str, Path] = {}
+    folders: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for current, inner, names in os.walk(folder, followlinks=True, onerror=fail):
+        here = Path(current)
+        real = here.resolve()
+        inner[:] = [  # a link to a parent would never end
+            name for name in sorted(inner) if not real.is_relative_to((here / name).resolve())
+        ]
+        folders += [(here / name).relative_to(folder).as_posix() for name in inner]
+        files |= {(here / name).relative_to(folder).as_posix(): here / name for name in names}
+    return files, folders
+
+
+@dataclass(frozen=True)
+class ScanFile:
+    """A file of a scan folder: path relative to it, split (None in the plain layout), label."""
+
+    path: str
+    split: str | None
+    label: str
+
+
+def list_scan_folder(scans: Path) -> list[ScanFile]:
+    """The scans of a folder that `training ingest` wrote, sorted by path.
+
+    Raises:
+        ValueError: The folder is missing, holds no scan, or a file outside its two layouts.
+    """
+    paths = sorted(walk(scans)[0]) if scans.is_dir() else []
+    if not paths:
+        raise ValueError(f"{scans}: no scans; run python -m training ingest first")
+    found = []
+    for path in paths:
+        *split, label, _ = ["", *path.split("/")]
+        if not label or len(split) > 2:
+            raise ValueError(f"{scans}: {path} is in no class folder; run training ingest again")
+        found.append(ScanFile(path, split[1] if len(split) == 2 else None, label))
+    return found
 
 
 @dataclass(frozen=True)

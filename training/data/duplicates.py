@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from chestct.errors import ScanDecodeError
 from chestct.imaging.prepare import load_grey
-from training.data.ingest import ScanFile, list_scan_folder
+from training.data.dataset import ScanFile, list_scan_folder
 
 THUMBNAIL_PX = 32
 ROWS_AT_ONCE = 1024  # rows of the correlation matrix in memory: 80 MB for 20,000 scans

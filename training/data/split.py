@@ -23,9 +23,9 @@ from pydantic import AfterValidator, Field, NonNegativeInt
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config
-from training.data.dataset import SPLITS
+from training.data.dataset import SPLITS, ScanFile, list_scan_folder
 from training.data.duplicates import group_equal, join_groups
-from training.data.ingest import ScanFile, list_scan_folder, read_table
+from training.data.ingest import read_table
 
 # Few series make a class, and one that validates is missed in training, while validation only
 # cools the softmax and places the domain's threshold: so many parts are dealt, and the one that

@@ -1,4 +1,4 @@
-"""Triton backend called `chestct_scan`: the bytes of a file become the scan that the network eats.
+"""Triton backend called `chestct_scan`: decode an image file into the network's uint8 input.
 
 First step of the ensemble `chestct_encoded`. Decoding, windowing and resizing are those of
 `chestct.imaging.prepare`, so a file gives the same numbers here as in the client. `serving.local`

@@ -3,7 +3,8 @@
 It reads the same `config.pbtxt` as NVIDIA's native onnxruntime backend and refuses what that one
 refuses, in its words (triton-inference-server/onnxruntime_backend, `onnxruntime.cc` and
 `onnxruntime_utils.cc`), so that a repository that loads here also loads there. Not supported are
-ragged batches, `batch_input`, `batch_output` and implicit sequence state.
+ragged batches, `batch_input`, `batch_output` and implicit sequence state. It is one file of more
+than 400 lines, because Triton loads `model.py` of a backend by its path, outside of any package.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ from training.cards.run_records import CardConfig, read_artefacts
 from training.common.atomic_io import sha256_of
 from training.common.config import config_from_mapping
 from training.data.audit import AuditConfig, write_audit
-from training.data.ingest import IngestConfig, ingest
+from training.data.ingest import ingest
+from training.data.settings import IngestConfig
 from training.data.split import SplitConfig, write_split
 from training.score.evaluate import EvaluateConfig, Sources, evaluate
 from training.score.report import HEADLINE, OPERATING_POINTS

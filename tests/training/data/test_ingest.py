@@ -31,20 +31,19 @@ from training.common.config import (
     read_overrides,
     use_overrides,
 )
+from training.data.dataset import list_scan_folder
+from training.data.download import download, extract
 from training.data.ingest import (
-    IngestConfig,
     choose_source,
-    download,
-    extract,
     fingerprint,
     has_changed,
     ingest,
     inputs_changed,
     label_from_folder,
-    list_scan_folder,
     main,
 )
 from training.data.phantom import PhantomConfig
+from training.data.settings import IngestConfig
 
 CHECKOUT = Path(__file__).parents[3]
 LONG_NAMES = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from training.common.config import config_from_mapping
-from training.data.ingest import ScanFile
+from training.data.dataset import ScanFile
 from training.data.split import (
     SplitConfig,
     deal_grouped,
