@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.latency import interval_in_words, place_in_words
+from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
-from chestct.inference.client import ScanClient
 from export.check.parity import (
     Outputs,
     ParityReport,
@@ -139,7 +139,7 @@ def serve_and_classify(scans: Path) -> Served:
         pixels = load_pixels(chosen, "decode for Keras", facts.window)
         reference = ("keras", remembered(keras_runner(model)))
         with ScanClient(server.grpc_url) as client:
-            precision = client.facts.precision
+            precision = client.metadata.precision
             name = f"triton {MODEL_NAME} over gRPC"
             limits = Tolerance() if precision == "fp32" else ANY
             promoted = compare(pixels, reference, (name, triton_runner(client)), limits)

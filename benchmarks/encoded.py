@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.variants import median_interval
+from chestct.client import ScanClient
 from chestct.imaging.scan import inspect_scan, list_scans
-from chestct.inference.client import ScanClient
 from export.publish.repository import ENCODED, served_version
 from serving.local import LocalTriton
 
@@ -61,7 +61,7 @@ def compare_encoded(
     ):
 
         def here(path: Path) -> None:
-            client.classify(inspect_scan(path, client.facts.window).pixels[np.newaxis], False)
+            client.infer(inspect_scan(path, client.metadata.window).pixels[np.newaxis])
 
         def there(path: Path) -> None:
             tensor = tritonclient.grpc.InferInput("file", [1, 1], "BYTES")

@@ -35,8 +35,8 @@ from benchmarks.variants import (
     read_curve,
     scores_of,
 )
+from chestct.client import ScanClient
 from chestct.imaging.scan import list_scans, load_scan
-from chestct.inference.client import ScanClient
 from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import replaced, write_json
@@ -51,7 +51,7 @@ PAUSE_S = 0.02  # idle worker threads of the engine before spin for a few millis
 MOST_REPEATS = 12
 TURN_MS = 120.0  # the timed requests of a turn take up to about this long, if they are several
 FILE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # DICOM files need no suffix
-PROTOCOLS = ("triton_grpc", "triton_http", "triton_grpc_shm")
+PROTOCOLS = ("triton_grpc", "triton_http")
 METHOD = (
     "interleaved rounds in random order; a turn is one to twelve untimed requests, the faster the "
     "more, and then as many timed ones; times are of one request; Triton's share is the median "
@@ -253,7 +253,7 @@ def _has_bfloat16() -> bool:
 def _over_the_wire(
     config: LatencyConfig, served: list[Variant], server: LocalTriton, stack: ExitStack
 ) -> Iterator[Subject]:
-    """Each served variant over gRPC, HTTP and gRPC with shared memory.
+    """Each served variant over gRPC and HTTP.
 
     Raises:
         ValueError: A batch size is more than a model takes.
@@ -268,7 +268,6 @@ def _over_the_wire(
         clients = (
             ScanClient(server.grpc_url, name),
             ScanClient(server.http_url, name),
-            ScanClient(server.grpc_url, name, shared_memory="on"),
         )
         for protocol, client in zip(PROTOCOLS, clients, strict=True):
             infer = answers_of(stack.enter_context(client))

@@ -30,10 +30,9 @@ from benchmarks.perf_analyzer import (
 )
 from benchmarks.server import answers_of, statistics_of
 from benchmarks.variants import MeasuredConfig, Variant, find_variants, scores_of
-from chestct.batch.pipeline import classify_paths
+from chestct.client import ScanClient
 from chestct.contract import ModelFacts
 from chestct.imaging.scan import list_scans, load_scan
-from chestct.inference.client import ScanClient
 from chestct.results.records import json_text
 from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
@@ -167,7 +166,7 @@ def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[s
             for layout in layouts
         }
         alone_s = {
-            layout: _seconds_of(client.classify, scans) for layout, client in clients.items()
+            layout: _seconds_of(answers_of(client), scans) for layout, client in clients.items()
         }
         cells = {(layout, number): Cell() for layout in layouts for number in config.concurrency}
         order = random.Random(config.seed)
@@ -219,7 +218,7 @@ def load(
         try:
             while not stop.is_set():
                 started = time.perf_counter()
-                client.classify(scans[place % len(scans)][np.newaxis])
+                client.infer(scans[place % len(scans)][np.newaxis], with_map=True)
                 ended = time.perf_counter()
                 answered.append((ended, 1000 * (ended - started)))
                 place += concurrency
@@ -263,7 +262,7 @@ def from_files(
 ) -> dict[str, Any]:
     """Scans a second from files to JSON lines, for each baseline and each served variant, scored.
 
-    The variants go the way of `chestct classify`: `classify_paths` decodes ahead and sends
+    The variants go the way of `chestct classify`: `classify_many` decodes ahead and sends
     batches, `json_text` writes a line. The baselines are plain loops: load a file by the
     same fast `load_scan`, ask the model, write a line.
 
@@ -321,7 +320,7 @@ def _loop(infer: Infer, facts: ModelFacts) -> Way:
 def _classify(client: ScanClient, batch_size: int) -> Way:
     def way(paths: list[Path], output: Path) -> None:
         with output.open("w") as file:
-            for line in classify_paths(client, paths, batch_size):
+            for line in client.classify_many(paths, batch_size=batch_size):
                 file.write(json_text(line))
 
     return way

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from chestct.contract import INPUT_NAME, MODEL_NAME, OUTPUT_NAMES, ModelFacts
 from chestct.imaging.scan import list_scans, load_scan
-from chestct.inference.client import ScanClient
+from chestct.inference.server_pool import ServerPool
 from training.common.atomic_io import sha256_of, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import load_config
@@ -339,11 +339,11 @@ ENGINES: dict[str, Callable[[Path], Runner]] = {
 }
 
 
-def triton_runner(client: ScanClient) -> Runner:
+def triton_runner(client: ServerPool) -> Runner:
     """Runs the model that a connected client talks to."""
 
     def infer(scans: npt.NDArray[np.uint8]) -> Outputs:
-        predictions = client.classify(scans)
+        predictions = client.infer(scans, with_map=True)
         return {
             "probabilities": predictions.probabilities,
             "activation_map": np.asarray(predictions.activation_map),
@@ -689,9 +689,9 @@ def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Ver
         ValueError: Reference or scans are missing.
         chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
     """
-    with ScanClient(url, model) as client:
+    with ServerPool(url, model) as client:
         name = f"triton {model} version {client.model_version}"
-        return judge(config, client.facts, {name: triton_runner(client)})
+        return judge(config, client.metadata, {name: triton_runner(client)})
 
 
 def main(argv: list[str] | None = None) -> int:

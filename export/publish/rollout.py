@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from chestct.contract import MODEL_NAME, ModelFacts
-from chestct.inference.client import ScanClient, TLSOptions
 from chestct.inference.proxies import url_opener, url_proxy
+from chestct.inference.server_pool import ServerPool
+from chestct.inference.wires import TLSOptions
 from export.check.parity import (
     ENGINES,
     Outputs,
@@ -133,9 +134,9 @@ class Server:
             if tls and tls.cert:
                 self._context.load_cert_chain(tls.cert, tls.key)
 
-    def session(self, model: str = MODEL_NAME) -> ScanClient:
+    def session(self, model: str = MODEL_NAME) -> ServerPool:
         """A session with a model, not connected yet."""
-        return ScanClient(self.url, model, tls=self._tls, connect_timeout_s=SETTLE_S)
+        return ServerPool(self.url, model, tls=self._tls, connect_timeout_s=SETTLE_S)
 
     def load(self, model: str) -> None:
         """Load what the repository says of a model, or replace what is loaded; waits for it.
@@ -203,15 +204,15 @@ def roll_out(config: RolloutConfig, server: Server, variant: str) -> dict[str, A
     _require_parity(source)
     scans = _golden_set(config, source)
     with server.session() as session:
-        before = {"version": session.model_version, **_about(session.facts)}
+        before = {"version": session.model_version, **_about(session.metadata)}
         old = run_all("served", triton_runner(session), scans.pixels)
-        old_labels = session.facts.labels
+        old_labels = session.metadata.labels
     try:
         promote(config.repository, variant, config.keep_versions, name=CANDIDATE)
         server.load(CANDIDATE)
         with server.session(CANDIDATE) as session:
             latency_ms = session.health().latency_ms
-            facts = session.facts
+            facts = session.metadata
             new = run_all("candidate", triton_runner(session), scans.pixels)
             _require_same_file(source, triton_runner(session), scans)
         figures = _judge(config, scans, (old_labels, old), (facts.labels, new))
@@ -254,7 +255,7 @@ def status(server: Server) -> dict[str, Any]:
         chestct.errors.ChestCTError: The server fails or does not keep the contract.
     """
     with server.session() as session:
-        return {"model": MODEL_NAME, "version": session.model_version, **_about(session.facts)}
+        return {"model": MODEL_NAME, "version": session.model_version, **_about(session.metadata)}
 
 
 def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: str) -> str:

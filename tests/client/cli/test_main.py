@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -130,7 +131,7 @@ def test_table_names_every_model_that_answered(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        "chestct.inference.server_pool.Throttle.FIRST", 1
+        "chestct.inference.limiter.ConcurrencyLimiter.FIRST", 1
     )  # one request after the other
 
     def roll_out(name: str, array: np.ndarray) -> np.ndarray:
@@ -294,6 +295,15 @@ def test_health(peer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert answered is not None
     assert answered[1] == NOT_A_MEDICAL_DEVICE
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], 60.0), (["--watch"], math.inf), (["--watch", "--patience-s", "5"], 5.0)],
+)
+def test_limit_of_the_time_without_a_server(options: list[str], expected: float) -> None:
+    arguments = cli._parser().parse_args(["classify", "folder", *options])
+    assert cli._fleet(arguments).unavailable_timeout_s == expected
 
 
 def test_no_server(

@@ -14,7 +14,7 @@ import pytest
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.errors import ScanDecodeError
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.records import error_line, json_text, result_line
 from chestct.results.writers import (
     CsvFile,

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -22,8 +21,8 @@ from chestct.errors import DecoderCrashedError, ScanDecodeError, ServerError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.scan import Scan, Slice, inspect_scans
 from chestct.imaging.sources import Source
-from chestct.inference.client import Predictions, ScanClient
-from chestct.inference.server_pool import Fleet
+from chestct.inference.predictions import Predictions
+from chestct.inference.server_pool import ServerPool
 from chestct.results.records import error_line, result_line
 from chestct.results.writers import Finished, Item, Record
 
@@ -32,7 +31,6 @@ __all__ = [
     "NUM_IN_THREADS",
     "DecodedFile",
     "answered_files",
-    "classify_paths",
     "classify_sources",
     "decode_source",
     "decoded_files",
@@ -86,7 +84,7 @@ class _Group:
     def is_full(self, batch_size: int) -> bool:
         return self.num_scans == batch_size or len(self.files) == MOST_FILES * batch_size
 
-    def send(self, fleet: Fleet, with_map: bool) -> None:
+    def send(self, fleet: ServerPool, with_map: bool) -> None:
         if self.num_scans:
             pixels = [
                 file.slice.scan.pixels
@@ -97,33 +95,6 @@ class _Group:
 
     def is_under_way(self) -> bool:
         return self.answer is not None and not self.answer.done()
-
-
-def classify_paths(
-    client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int | None = None
-) -> Iterator[Record]:
-    """One record for each scan file, in the order of `paths`.
-
-    A file that cannot be decoded, or is no axial CT slice by its DICOM tags, becomes a record of
-    its error, and the rest goes on. The same as `classify_sources` with one server.
-
-    Args:
-        client: A connected client; the requests go to its address by a session of their own.
-        paths: Scan files; drawn from as needed, so it may be endless.
-        batch_size: How many scans go into one request.
-        workers: How many files are decoded at once; by default one for each processor.
-
-    Yields:
-        Records as made by `chestct.results.records`.
-
-    Raises:
-        ServerError: The server failed; what was finished before has been yielded.
-        ValueError: `batch_size` or `workers` below 1.
-    """
-    with new_workers(workers) as decoders, Fleet.like(client) as fleet:
-        sources = map(Source, paths)
-        for record, _ in classify_sources(fleet, sources, decoders, batch_size):
-            yield record
 
 
 def new_workers(
@@ -155,7 +126,7 @@ def new_workers(
 
 
 def classify_sources(
-    fleet: Fleet,
+    fleet: ServerPool,
     sources: Iterable[Source | None],
     workers: Workers,
     batch_size: int = 8,
@@ -207,7 +178,7 @@ def classify_sources(
             else:
                 is_paused = source is None
                 if source is not None and not _is_done(source, known):
-                    decoding = start_decoding(source, fleet.facts.window, workers)
+                    decoding = start_decoding(source, fleet.metadata.window, workers)
                     ahead.append((source, decoding))
         while sent and not sent[0].is_under_way():
             yield from _finished(sent.popleft())
@@ -288,7 +259,7 @@ def decoded_files(
 
 
 def answered_files(
-    fleet: Fleet, files: list[DecodedFile], with_map: bool
+    fleet: ServerPool, files: list[DecodedFile], with_map: bool
 ) -> list[tuple[Record, Item]]:
     """Record and origin of each of some files, by one request.
 

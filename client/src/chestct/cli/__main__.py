@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -25,13 +26,14 @@ from chestct.batch.selection import Choice, find_sources, listed_paths, watch_so
 from chestct.batch.series_collector import SeriesGatherer
 from chestct.batch.workers import Workers
 from chestct.cli import web
+from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
 from chestct.errors import OutOfDomainError, ServerError, SpoolError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.scan import SCAN_SUFFIXES
 from chestct.imaging.sources import Source
-from chestct.inference.client import ScanClient, TLSOptions
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import UNAVAILABLE_TIMEOUT_S, ServerPool
+from chestct.inference.wires import TLSOptions
 from chestct.results.records import json_text, plain_text
 from chestct.results.writers import (
     FORMATS,
@@ -324,42 +326,42 @@ def _add_classify_arguments(classify: argparse.ArgumentParser) -> None:
         help="of the Ray cluster (one is started on this machine)",
     )
     speed.add_argument(
+        "--unavailable-timeout-s",
         "--patience-s",
         type=float,
-        default=3.0,
         metavar="S",
-        help="how long all servers may be away before the run ends (%(default)s)",
+        help="how long all servers may be unavailable before the run ends (60; no limit with "
+        "--watch)",
     )
 
 
 def _client(arguments: argparse.Namespace) -> ScanClient:
-    if arguments.url.startswith("http"):
-        import tritonclient.http  # noqa: F401
-
-        # Comes with the line above, and would print an interrupt before it raises it.
-        sys.modules["gevent"].get_hub().exception_stream = None
     try:
         return ScanClient(
             arguments.url,
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
+            unavailable_timeout_s=0,  # `health` tells it, and the node waits by itself
             tls=_tls(arguments),
         )
     except ValueError as error:
         raise _UsageError(error) from error
 
 
-def _fleet(arguments: argparse.Namespace) -> Fleet:
+def _fleet(arguments: argparse.Namespace) -> ServerPool:
     urls = getattr(arguments, "urls", None) or arguments.url.split(",")
+    unavailable_timeout_s = arguments.unavailable_timeout_s
+    if unavailable_timeout_s is None:
+        unavailable_timeout_s = math.inf if arguments.watch else UNAVAILABLE_TIMEOUT_S
     try:
-        return Fleet(
+        return ServerPool(
             urls,
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
             tls=_tls(arguments),
-            patience_s=arguments.patience_s,
+            unavailable_timeout_s=unavailable_timeout_s,
         )
     except ValueError as error:
         raise _UsageError(error) from error
@@ -522,7 +524,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if run.tally.num_failed else DONE
 
 
-def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: Workers) -> RayCluster:
+def _cluster(arguments: argparse.Namespace, fleet: ServerPool, workers: Workers) -> RayCluster:
     from chestct.batch.ray_engine import RayCluster, RayOptions
 
     return RayCluster(
@@ -618,12 +620,12 @@ def _earlier_records(arguments: argparse.Namespace) -> RecordFile | ParquetFile 
 
 def _outputs(
     arguments: argparse.Namespace,
-    fleet: Fleet,
+    fleet: ServerPool,
     records: RecordFile | ParquetFile | None,
     stack: contextlib.ExitStack,
 ) -> list[Output]:
     """Everything that is written to; the records come last, see `chestct.results.writers`."""
-    labels = fleet.facts.labels
+    labels = fleet.metadata.labels
     outputs: list[Output] = []
     if arguments.overlays is not None or arguments.html is not None:
         from chestct.results.overlays import HtmlReport, OverlayPngs
@@ -638,7 +640,7 @@ def _outputs(
         from chestct.pacs.reports import DicomReports
 
         try:
-            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window))
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.metadata.window))
         except ImportError as error:
             raise _UsageError(error) from error
     for output in outputs:
@@ -662,7 +664,7 @@ class _Run:
     def __init__(
         self,
         arguments: argparse.Namespace,
-        fleet: Fleet,
+        fleet: ServerPool,
         outputs: Sequence[Output],
         finished: Finished,
         stack: contextlib.ExitStack,
@@ -672,7 +674,7 @@ class _Run:
         self._stream = stream
         self.finished = finished
         self._has_series = not arguments.no_series
-        self._table = None if arguments.json else _Table(fleet.facts.labels, stream)
+        self._table = None if arguments.json else _Table(fleet.metadata.labels, stream)
         self.tally = stack.enter_context(
             _Tally(fleet, arguments.paths, has_table=self._table is not None)
         )
@@ -751,7 +753,7 @@ class _Table:
 class _Tally:
     """Counts what was done; shows progress on a terminal and a summary at the end."""
 
-    def __init__(self, fleet: Fleet, paths: Sequence[str], *, has_table: bool) -> None:
+    def __init__(self, fleet: ServerPool, paths: Sequence[str], *, has_table: bool) -> None:
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
@@ -760,7 +762,7 @@ class _Tally:
         self._num_outside = 0
         # Who names a file wants to know about it; a folder may hold anything.
         self._named = {path for path in paths if os.path.isfile(path)}
-        self._asked = _model_text(fleet.model, fleet.model_version, fleet.facts.run)
+        self._asked = _model_text(fleet.model, fleet.model_version, fleet.metadata.run)
         self._answered: dict[str, None] = {}
         self._start_s = time.perf_counter()
         self._shown_s = -PROGRESS_PERIOD_S

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE
-from chestct.inference.client import TLSOptions
+from chestct.inference.wires import TLSOptions
 from chestct.web.settings import WebSettings
 
 __all__ = ["add_options", "run"]

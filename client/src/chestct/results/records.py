@@ -12,7 +12,7 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE
 if TYPE_CHECKING:
     import numpy as np
 
-    from chestct.inference.client import Predictions
+    from chestct.inference.predictions import Predictions
 
 __all__ = [
     "Column",
@@ -145,12 +145,12 @@ def result_line(
         `path`, `status`, `label`, `probabilities`, `in_domain`, `reasons` (only if there are any:
         those of the file, then that of the network), `domain_distance`, `model`, `ms`, `notice`.
     """
-    facts = predictions.facts
+    facts = predictions.metadata
     why_not = [*reasons, *predictions.reasons[index]]
     return {
         "path": path,
         "status": "ok",
-        "label": predictions.labels[index],
+        "label": predictions.predicted_labels[index],
         "probabilities": {
             label: _shortest(value)
             for label, value in zip(facts.labels, predictions.probabilities[index], strict=True)
