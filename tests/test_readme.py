@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.records import json_text, result_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from chestct.contract import MODEL_NAME, OUTPUT_NAMES, ModelFacts
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
+from chestct.inference.server_pool import ServerPool
 from export.check.gate import Gate, GateReport, compare_by_labels
 from export.check.runners import (
     BATCH_SIZES,
@@ -329,9 +329,9 @@ def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Ver
         ValueError: Reference or scans are missing.
         chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
     """
-    with ScanClient(url, model) as client:
+    with ServerPool(url, model) as client:
         name = f"triton {model} version {client.model_version}"
-        return judge(config, client.facts, {name: triton_runner(client)})
+        return judge(config, client.metadata, {name: triton_runner(client)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from chestct.contract import MODEL_NAME, ModelFacts
-from chestct.inference.client import TLSOptions
+from chestct.inference.wires import TLSOptions
 from export.check.parity import ParityConfig, Tolerance, check_parity, compare
 from export.check.runners import ENGINES, Outputs, Runner, run_all, triton_runner
 from export.convert.onnx import OnnxConfig, write_onnx
@@ -97,15 +97,15 @@ def roll_out(config: RolloutConfig, server: TritonAdmin, variant: str) -> dict[s
     _require_parity(source)
     scans = _golden_set(config, source)
     with server.session() as session:
-        before = {"version": session.model_version, **_about(session.facts)}
+        before = {"version": session.model_version, **_about(session.metadata)}
         old = run_all("served", triton_runner(session), scans.pixels)
-        old_labels = session.facts.labels
+        old_labels = session.metadata.labels
     try:
         promote(config.repository, variant, config.keep_versions, name=CANDIDATE)
         server.load(CANDIDATE)
         with server.session(CANDIDATE) as session:
             latency_ms = session.health().latency_ms
-            facts = session.facts
+            facts = session.metadata
             new = run_all("candidate", triton_runner(session), scans.pixels)
             _require_same_file(source, triton_runner(session), scans)
         figures = _judge(config, scans, (old_labels, old), (facts.labels, new))
@@ -148,7 +148,7 @@ def status(server: TritonAdmin) -> dict[str, Any]:
         chestct.errors.ChestCTError: The server fails or does not keep the contract.
     """
     with server.session() as session:
-        return {"model": MODEL_NAME, "version": session.model_version, **_about(session.facts)}
+        return {"model": MODEL_NAME, "version": session.model_version, **_about(session.metadata)}
 
 
 def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: str) -> str:

@@ -47,6 +47,7 @@ class FakeModel:
     bend_output: Callable[[str, np.ndarray], np.ndarray] = _unchanged
     bend_tensors: Callable[[str, list[dict]], list[dict]] = _unchanged
     requests: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    heads: list[tuple[str, str, str]] = field(default_factory=list)  # two headers, request ID
 
     def tensors(self, kind: str) -> list[dict[str, Any]]:
         specs = [input_spec()] if kind == "inputs" else output_specs(self.num_classes)
@@ -124,6 +125,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         if model.dies_at_request == len(model.requests) + 1:
             self.die()
             time.sleep(1)
+        given = dict(context.invocation_metadata())
+        model.heads.append((given.get("x-site", ""), given.get("x-trace", ""), request.id))
         scans = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape)
         outputs = model.outputs(scans, names)
         answer = service_pb2.ModelInferResponse(
@@ -206,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         if model.dies_at_request == len(model.requests) + 1:
             self.close_connection = True
             return self.server.die()
+        given = (self.headers.get("X-Site", ""), self.headers.get("X-Trace", ""))
+        model.heads.append((*given, request.get("id", "")))
         scans = np.frombuffer(body[split:], np.uint8).reshape(shape)
         outputs, blobs = [], []
         for name, array in model.outputs(scans, names).items():

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, ModelFacts
-from chestct.inference.client import ScanClient
 from serving.local import LocalTriton, uses_gpu
 
 PROVIDER = "lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so"
@@ -101,7 +101,7 @@ def test_gpu_is_hidden_from_the_server_and_its_backends(
         for pid in (server.pid, *pids):
             assert environ_of(pid)["CUDA_VISIBLE_DEVICES"] == "-1"
         with ScanClient(server.grpc_url) as client:
-            answer = client.classify(np.zeros((1, *SCAN_SHAPE), np.uint8))
+            answer = client.infer(np.zeros((1, *SCAN_SHAPE), np.uint8), with_map=True)
         assert answer.run == "run-7"
     assert ("models are served on the CPU" in caplog.text) == (device == "gpu")
 

@@ -20,12 +20,12 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelFacts, Window
 from chestct.errors import ScanDecodeError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.prepare import inspect_bytes, inspect_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
 from export.publish.repository import write_encoded
 from serving.local import LocalTriton
 from tests.client.swelling import dicom_that_swells
@@ -103,7 +103,7 @@ def test_a_file_gives_the_numbers_of_the_clients_own_decoding(
     got = infer(encoded, [path.read_bytes() for path in files.values()])
     scans = [inspect_scan(path, FACTS.window) for path in files.values()]
     with ScanClient(encoded.grpc_url) as client:
-        expected = client.classify(np.stack([scan.pixels for scan in scans]))
+        expected = client.infer(np.stack([scan.pixels for scan in scans]), with_map=True)
     for name in OUTPUT_NAMES:
         want = np.asarray(getattr(expected, name)).reshape(got[name].shape)
         np.testing.assert_array_equal(got[name], want, err_msg=name)

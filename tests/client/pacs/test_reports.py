@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 
+from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.errors import ReportError
 from chestct.imaging.body import body_box
 from chestct.imaging.prepare import inspect_scan
 from chestct.imaging.sources import Source
-from chestct.inference.client import ScanClient
 from chestct.pacs.reports import (
     CODING_SCHEME,
     DicomReports,

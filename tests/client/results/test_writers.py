@@ -14,7 +14,7 @@ import pytest
 
 from chestct.contract import LUNG_WINDOW, ModelFacts
 from chestct.errors import ScanDecodeError
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.csv_file import CsvFile
 from chestct.results.formats import format_of, open_records
 from chestct.results.parquet import ParquetFile

@@ -10,8 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 
 import training.common.atomic_io
+from chestct.client import ScanClient
 from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
-from chestct.inference.client import ScanClient
 from export.convert.engine import PlanRecord
 from export.publish.config_pbtxt import config_pbtxt, parsed_config
 from export.publish.repository import (
@@ -560,7 +560,7 @@ def test_real_triton_serves_every_variant_as_it_was_published(
         found = {}
         for name in ("chestct", "chestct_fp32", "chestct_int8", "chestct_cuda"):
             with ScanClient(server.grpc_url, name) as client:
-                found[name] = client.classify(scan_batch[:3]).probabilities
+                found[name] = client.infer(scan_batch[:3]).probabilities
     for name, probabilities in found.items():
         np.testing.assert_allclose(probabilities, found["chestct_fp32"], atol=1e-4, err_msg=name)
     for name, count in (("fp32", 2), ("int8", 2), ("cuda", 1)):

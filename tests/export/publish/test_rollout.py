@@ -18,8 +18,8 @@ import pytest
 import tritonclient.grpc
 from onnx import numpy_helper
 
+from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, ModelFacts
-from chestct.inference.client import ScanClient
 from export.publish.admin import ADMIN_KEY, TritonAdmin
 from export.publish.config_pbtxt import config_pbtxt
 from export.publish.repository import promote, write_encoded
@@ -111,10 +111,10 @@ def under_load(triton: LocalTriton, scans: np.ndarray, file: bytes) -> Iterator[
     load, stop = Load(), threading.Event()
 
     def ask(url: str) -> None:
-        with ScanClient(url, retries=0) as client:
+        with ScanClient(url, unavailable_timeout_s=0) as client:
             while not stop.is_set():
                 try:
-                    load.versions.append(client.classify(scans).model_version)
+                    load.versions.append(client.infer(scans).model_version)
                 except Exception as error:
                     load.failures.append(f"{url}: {error!r}")
 

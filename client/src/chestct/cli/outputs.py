@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from chestct.cli.console import UsageError
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
 from chestct.results.formats import format_of, open_records
 from chestct.results.parquet import journal_of
 from chestct.results.writers import Output, RecordFile
@@ -40,12 +40,12 @@ def earlier_records(arguments: argparse.Namespace) -> RecordFile | None:
 
 def open_outputs(
     arguments: argparse.Namespace,
-    fleet: Fleet,
+    fleet: ServerPool,
     records: RecordFile | None,
     stack: contextlib.ExitStack,
 ) -> list[Output]:
     """Everything that is written to; the records come last, see `chestct.results.writers`."""
-    labels = fleet.facts.labels
+    labels = fleet.metadata.labels
     outputs: list[Output] = []
     if arguments.overlays is not None or arguments.html is not None:
         from chestct.results.overlays import HtmlReport, OverlayPngs
@@ -60,7 +60,7 @@ def open_outputs(
         from chestct.pacs.reports import DicomReports
 
         try:
-            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window))
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.metadata.window))
         except ImportError as error:
             raise UsageError(error) from error
     for output in outputs:

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from chestct.batch.pipeline import classify_sources, new_workers
 from chestct.batch.workers import Workers
+from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, Window
 from chestct.errors import OutOfDomainError, ReportError, ScanDecodeError
 from chestct.imaging._warnings import without_warnings
@@ -31,8 +32,6 @@ from chestct.imaging.body import body_box
 from chestct.imaging.metadata import SliceMetadata
 from chestct.imaging.prepare import inspect_scans, load_grey
 from chestct.imaging.sources import Source
-from chestct.inference.client import ScanClient
-from chestct.inference.server_pool import Fleet
 from chestct.results.overlays import overlay_of
 from chestct.results.records import SeriesResult, SliceResult
 from chestct.results.series import SeriesSlice, series_record
@@ -204,14 +203,13 @@ def classify_series(
         ImportError: highdicom is not installed; the message says what to do.
     """
     _require_highdicom()
-    window = client.facts.window
+    window = client.metadata.window
     found: list[tuple[SliceResult, Source, SliceMetadata]] = []
     num_failed = num_refused = 0
     with contextlib.ExitStack() as stack:
         decoders = workers or stack.enter_context(new_workers())
-        fleet = stack.enter_context(Fleet.like(client))
         checkpoint()
-        for record, item in classify_sources(fleet, map(Source, files), decoders):
+        for record, item in classify_sources(client, map(Source, files), decoders):
             checkpoint()
             if item.scan is not None:
                 found.append((record, item.source, item.scan.metadata or SliceMetadata()))
@@ -237,7 +235,7 @@ def classify_series(
         chief = list(inspect_scans(source, window))[max(facts.frame - 1, 0)].scan
         if isinstance(chief, ScanDecodeError):
             raise chief
-        evidence = client.classify(chief.pixels[np.newaxis]).activation_map
+        evidence = client.infer(chief.pixels[np.newaxis], with_map=True).activation_map
         if evidence is not None:
             picture = _picture(series, source, facts.frame, window, evidence[0])
             objects["sc"] = secondary_capture(series, slices, picture)

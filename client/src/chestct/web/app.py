@@ -19,9 +19,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from chestct import __version__
-from chestct.contract import NOT_A_MEDICAL_DEVICE
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
 from chestct.errors import ServerError
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.records import SliceResult, error_line, json_text, result_line
 from chestct.web.decoder import Decoded, Decoder, Failed, Picture
 from chestct.web.metrics import Metrics
@@ -237,13 +237,13 @@ class _Service:
         num_scans = 0
         try:
             for upload in uploads:
-                async for found in self._scans(upload, side):
+                async for found, metadata in self._scans(upload, side):
                     num_scans += 1
                     if num_scans > self.settings.max_scans:
                         text = f"more than {self.settings.max_scans} slices in one upload"
                         yield error_line(upload.name, UploadError(413, text))
                         return
-                    waiting.append(asyncio.create_task(self._line(found)))
+                    waiting.append(asyncio.create_task(self._line(found, metadata)))
                     while waiting and (waiting[0].done() or len(waiting) > AHEAD):
                         yield await waiting.popleft()
             while waiting:
@@ -252,31 +252,35 @@ class _Service:
             for task in waiting:
                 task.cancel()
 
-    async def _scans(self, upload: Upload, side: int) -> AsyncGenerator[Decoded | Failed, None]:
+    async def _scans(
+        self, upload: Upload, side: int
+    ) -> AsyncGenerator[tuple[Decoded | Failed, ModelFacts | None], None]:
+        """Slices of an upload, and the metadata whose window they are shown in."""
         try:
-            window = self.link.facts.window
+            metadata = self.link.facts
         except ServerError as error:
-            yield Failed(upload.name, error)
+            yield Failed(upload.name, error), None
             return
-        async with contextlib.aclosing(self.decoder.scans(upload, window, side)) as scans:
+        async with contextlib.aclosing(self.decoder.scans(upload, metadata.window, side)) as scans:
             async for scan in scans:
-                yield scan
+                yield scan, metadata
 
-    async def _line(self, found: Decoded | Failed) -> SliceResult:
-        line = await self._record(found)
+    async def _line(self, found: Decoded | Failed, metadata: ModelFacts | None) -> SliceResult:
+        line = await self._record(found, metadata)
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
         ).inc()
         self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
-    async def _record(self, found: Decoded | Failed) -> SliceResult:
+    async def _record(self, found: Decoded | Failed, metadata: ModelFacts | None) -> SliceResult:
         if isinstance(found, Failed):
             return error_line(found.name, found.error)
         self.metrics.decode_s.observe(found.decode_ms / 1000)
         start = time.perf_counter()
         try:
-            predictions = await self.link.classify(found.pixels, found.picture is not None)
+            with_map = found.picture is not None
+            predictions = await self.link.classify(found.pixels, with_map, metadata)
         except ServerError as error:
             return error_line(found.name, error)
         infer_ms = 1000 * (time.perf_counter() - start)
@@ -304,7 +308,7 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> View:
         maps = predictions.activation_map[0].transpose(2, 0, 1)
         evidence = {
             label: [[round(float(value), 3) for value in row] for row in places]
-            for label, places in zip(predictions.facts.labels, maps, strict=True)
+            for label, places in zip(predictions.metadata.labels, maps, strict=True)
         }
     return {
         "network": {
