@@ -27,7 +27,7 @@ from benchmarks.reports import throughput_report
 from benchmarks.server import predictions_of
 from benchmarks.variants import SCORES, MeasuredConfig, Variant, find_variants, scores_of
 from chestct.client import ScanClient
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
 from chestct.results.records import json_text
@@ -133,7 +133,7 @@ def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[s
 def from_files(
     config: ThroughputConfig,
     variants: list[Variant],
-    facts: ModelFacts,
+    facts: ModelMetadata,
     paths: list[Path],
     grpc_url: str,
 ) -> dict[str, Any]:
@@ -182,13 +182,13 @@ def from_files(
     }
 
 
-def _loop(infer: Infer, facts: ModelFacts) -> Way:
+def _loop(infer: Infer, facts: ModelMetadata) -> Way:
     def way(paths: list[Path], output: Path) -> None:
         with output.open("w") as file:
             for path in paths:
                 answer = infer(load_scan(path, facts.window)[np.newaxis])
                 values = (float(value) for value in answer["probabilities"][0])
-                probabilities = dict(zip(facts.labels, values, strict=True))
+                probabilities = dict(zip(facts.class_names, values, strict=True))
                 file.write(json_text({"path": str(path), "probabilities": probabilities}))
 
     return way

@@ -16,7 +16,7 @@ from google.protobuf import text_format
 from PIL import Image, ImageOps
 
 from chestct.client import AsyncScanClient, ScanClient
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ContractError, ServerUnavailableError
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
@@ -78,7 +78,7 @@ def test_served_model_answers_as_the_trained_one(triton, trained, scan_batch, pr
 def test_client_reads_the_facts_from_the_server(triton, trained):
     stored = json.loads((trained.model / "facts.json").read_text())
     with ScanClient(triton.grpc_url) as client:
-        assert client.metadata == ModelFacts.from_parameters(stored)
+        assert client.metadata == ModelMetadata.from_parameters(stored)
         assert client.model_version == "1"
         assert client.max_batch_size == 32
 
@@ -127,7 +127,7 @@ def test_directory_with_bad_files_is_classified_to_the_end(triton, trained, tmp_
     model, facts = load_trained(trained.model)
     expected = model.predict_on_batch(np.stack([load_scan(Path(path)) for path in good]))
     for row, line in zip(expected["probabilities"], good.values(), strict=True):
-        assert list(line["probabilities"]) == list(facts.labels)
+        assert list(line["probabilities"]) == list(facts.class_names)
         np.testing.assert_allclose(list(line["probabilities"].values()), row, atol=1e-5)
         assert line["model"] == {"name": "chestct", "version": "1", "run": facts.run}
         assert set(line["ms"]) == {"decode", "infer"}

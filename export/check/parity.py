@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
-from chestct.contract import MODEL_NAME, OUTPUT_NAMES, ModelFacts
+from chestct.contract import MODEL_NAME, OUTPUT_NAMES, ModelMetadata
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
 from chestct.inference.server_pool import ServerPool
@@ -262,7 +262,7 @@ def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
     return np.stack([load_scan(paths[index]) for index in evenly_spread(len(paths), count)])
 
 
-def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runner]) -> Verdict:
+def judge(config: ParityConfig, facts: ModelMetadata, candidates: Mapping[str, Runner]) -> Verdict:
     """Compare the runners of a variant, by name, with the reference that its precision asks for.
 
     Raises:
@@ -291,7 +291,7 @@ def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runn
     )
 
 
-def _exported_model(config: ParityConfig, facts: ModelFacts) -> Path:
+def _exported_model(config: ParityConfig, facts: ModelMetadata) -> Path:
     """The folder of the trained model that the variant came from, which may be an older one."""
     folder = model_folder(config.model)
     if (folder / "facts.json").is_file() and facts_of(folder).run == facts.run:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chestct.batch.pipeline import classify_sources, new_workers
-from chestct.contract import MODEL_NAME, ModelFacts
+from chestct.contract import MODEL_NAME, ModelMetadata
 from chestct.errors import ScanDecodeError
 from chestct.imaging._warnings import without_warnings
 from chestct.imaging.metadata import SliceMetadata
@@ -195,7 +195,7 @@ class ScanClient(ServerPool):
         self,
         name: str,
         scan: Scan,
-        metadata: ModelFacts,
+        metadata: ModelMetadata,
         start_s: float,
         options: CallOptions,
     ) -> Record:
@@ -246,7 +246,7 @@ class AsyncScanClient:
         await self.close()
 
     @property
-    def metadata(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """See `ScanClient.metadata`."""
         return self._client.metadata
 
@@ -263,7 +263,7 @@ class AsyncScanClient:
         self,
         scans: ScanArray,
         *,
-        prepared_for: ModelFacts | None = None,
+        prepared_for: ModelMetadata | None = None,
         **options: Unpack[CallOptions],
     ) -> Predictions:
         """See `ScanClient.infer`."""

@@ -19,7 +19,7 @@ import tritonclient.grpc
 from onnx import numpy_helper
 
 from chestct.client import ScanClient
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from export.publish.admin import ADMIN_KEY, TritonAdmin
 from export.publish.config_pbtxt import config_pbtxt
 from export.publish.repository import promote, write_encoded
@@ -31,7 +31,7 @@ from training.common.atomic_io import sha256_of
 
 pytestmark = pytest.mark.server
 
-FACTS = ModelFacts(
+FACTS = ModelMetadata(
     ("adenocarcinoma", "large.cell.carcinoma", "normal"),
     LUNG_WINDOW,
     1.0,
@@ -54,7 +54,9 @@ class Stage:
         return self.config.repository / "chestct"
 
 
-def publish(source: Path, repository: Path, variant: str, factor: float, facts: ModelFacts) -> None:
+def publish(
+    source: Path, repository: Path, variant: str, factor: float, facts: ModelMetadata
+) -> None:
     """The tiny model with its kernel times `factor`, as a published variant."""
     folder = repository / f"chestct_{variant}" / "1"
     folder.mkdir(parents=True)
@@ -67,7 +69,7 @@ def publish(source: Path, repository: Path, variant: str, factor: float, facts: 
     onnx.save(model, folder / "model.onnx")
     parity = {"holds": True, "onnx_sha256": sha256_of(folder / "model.onnx")}
     (folder / "parity.json").write_text(json.dumps(parity))
-    (folder / "labels.txt").write_text("\n".join(facts.labels))
+    (folder / "labels.txt").write_text("\n".join(facts.class_names))
     config = RepositoryConfig(name=f"chestct_{variant}", max_batch_size=8)
     for path in (folder, folder.parent):
         (path / "config.pbtxt").write_text(config_pbtxt(config, facts, version=1))

@@ -287,7 +287,7 @@ class _Run:
         self._stream = stream
         self.finished = finished
         self._has_series = not arguments.no_series
-        self._table = None if arguments.json else Table(fleet.metadata.labels, stream)
+        self._table = None if arguments.json else Table(fleet.metadata.class_names, stream)
         self.tally = stack.enter_context(
             Tally(fleet, arguments.paths, has_table=self._table is not None)
         )

@@ -45,7 +45,7 @@ def open_outputs(
     stack: contextlib.ExitStack,
 ) -> list[Output]:
     """Everything that is written to; the records come last, see `chestct.results.writers`."""
-    labels = fleet.metadata.labels
+    labels = fleet.metadata.class_names
     outputs: list[Output] = []
     if arguments.overlays is not None or arguments.html is not None:
         from chestct.results.overlays import HtmlReport, OverlayPngs

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chestct.contract import (
-    ModelFacts,
+    ModelMetadata,
     TensorSpec,
     input_spec,
     output_specs,
@@ -57,7 +57,7 @@ ERROR_BY_STATUS: Mapping[str, type[ServerError]] = {
 class ServedModel:
     """Metadata, version and batch limit of the model that a server serves."""
 
-    metadata: ModelFacts
+    metadata: ModelMetadata
     version: str
     max_batch_size: int
 
@@ -258,14 +258,14 @@ def _served_model(
     facts = None
     try:
         parameters = config.get("parameters", {})
-        facts = ModelFacts.from_parameters(
+        facts = ModelMetadata.from_parameters(
             {name: value.get("string_value", "") for name, value in parameters.items()}
         )
     except ValueError as error:
         differences.append(str(error))
     # Without labels the server's own number of classes lets the rest be compared all the same.
     shapes = {spec.name: spec.shape for spec in outputs}
-    num_classes = len(facts.labels) if facts else (shapes.get("probabilities") or (-1,))[-1]
+    num_classes = len(facts.class_names) if facts else (shapes.get("probabilities") or (-1,))[-1]
     differences += tensor_differences("input", [input_spec()], inputs)
     differences += tensor_differences("output", output_specs(num_classes), outputs)
     max_batch_size = int(config.get("max_batch_size", 0))

@@ -25,7 +25,7 @@ import numpy as np
 from chestct.contract import (
     MODEL_NAME,
     OUTPUT_NAMES,
-    ModelFacts,
+    ModelMetadata,
 )
 from chestct.errors import (
     ContractError,
@@ -86,7 +86,7 @@ class _Server:
 class _Call:
     """What the requests of a call have in common."""
 
-    expected: ModelFacts
+    expected: ModelMetadata
     with_map: bool = False
     headers: Mapping[str, str] | None = None
     request_id: str = ""
@@ -153,7 +153,7 @@ class ServerPool:
         self._servers = [
             _Server(Connection(url, model, version, tls=tls, headers=headers)) for url in self.urls
         ]
-        self._metadata: ModelFacts | None = None
+        self._metadata: ModelMetadata | None = None
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._last_error: ServerError | None = None
@@ -170,7 +170,7 @@ class ServerPool:
         self.close()
 
     @property
-    def metadata(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """The model's labels, window, training run and so on, as read by `connect`."""
         if self._metadata is None:
             raise ServerUnavailableError(
@@ -215,7 +215,7 @@ class ServerPool:
             in_thread(server.connection.wait_for_model, *limits_s): server
             for server in self._servers
         }
-        first: ModelFacts | None = None
+        first: ModelMetadata | None = None
         refused: ServerError | None = None
         waiting, limit_s = set(joining), self.connect_timeout_s + 1
         while waiting:
@@ -248,7 +248,7 @@ class ServerPool:
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
         request_id: str = "",
-        prepared_for: ModelFacts | None = None,
+        prepared_for: ModelMetadata | None = None,
     ) -> Predictions:
         """Classify prepared scans.
 
@@ -393,7 +393,9 @@ class ServerPool:
         if not _same_task(served.metadata, call.expected):
             raise self._exchanged(connection.url, served.metadata, call.expected)
         try:
-            arrays = output_arrays(answer.tensors, names, len(scans), len(served.metadata.labels))
+            arrays = output_arrays(
+                answer.tensors, names, len(scans), len(served.metadata.class_names)
+            )
         except InferenceError as error:
             raise InferenceError(f"{connection.url}: {error}", connection.url) from error
         with self._changed:
@@ -478,7 +480,7 @@ class ServerPool:
                 limit_s = min(self.timeout_s, LONGEST_PROBE_S)
                 served = connection.wait_for_model(limit_s, limit_s)
                 answer = connection.infer(Request(synthetic_scan(), WITHOUT_MAP), limit_s)
-                output_arrays(answer.tensors, WITHOUT_MAP, 1, len(served.metadata.labels))
+                output_arrays(answer.tensors, WITHOUT_MAP, 1, len(served.metadata.class_names))
                 if self.healthy_urls:
                     self._compare(connection.url, served.metadata)
                 elif not _same_task(served.metadata, self.metadata):
@@ -506,7 +508,7 @@ class ServerPool:
             server.is_healthy, server.num_failures, server.is_probed = True, 0, False
             self._changed.notify_all()
 
-    def _compare(self, url: str, metadata: ModelFacts) -> None:
+    def _compare(self, url: str, metadata: ModelMetadata) -> None:
         differences = _differences(metadata, self.metadata)
         if differences:
             raise ContractError(
@@ -515,11 +517,13 @@ class ServerPool:
                 url,
             )
 
-    def _exchanged(self, url: str, found: ModelFacts, expected: ModelFacts) -> ModelExchangedError:
+    def _exchanged(
+        self, url: str, found: ModelMetadata, expected: ModelMetadata
+    ) -> ModelExchangedError:
         return ModelExchangedError(
             f"{url}: model {self.model!r} was exchanged for one with labels "
-            f"{', '.join(found.labels)} and window {found.window}, expected "
-            f"{', '.join(expected.labels)} and {expected.window}. Connect again.",
+            f"{', '.join(found.class_names)} and window {found.window}, expected "
+            f"{', '.join(expected.class_names)} and {expected.window}. Connect again.",
             url,
         )
 
@@ -542,12 +546,12 @@ def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> Fu
     return future
 
 
-def _same_task(one: ModelFacts, other: ModelFacts) -> bool:
+def _same_task(one: ModelMetadata, other: ModelMetadata) -> bool:
     """Whether two models take the same scans and give the same classes."""
-    return (one.labels, one.window) == (other.labels, other.window)
+    return (one.class_names, one.window) == (other.class_names, other.window)
 
 
-def _differences(found: ModelFacts, expected: ModelFacts) -> str:
+def _differences(found: ModelMetadata, expected: ModelMetadata) -> str:
     return "; ".join(
         f"{field.name} is {getattr(found, field.name)}, expected {getattr(expected, field.name)}"
         for field in dataclasses.fields(found)

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from chestct import __version__
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ServerError
 from chestct.inference.predictions import Predictions
 from chestct.results.records import SliceResult, error_line, json_text, result_line
@@ -168,7 +168,7 @@ class _Service:
                 "version": version,
                 "run": facts.run,
                 "precision": facts.precision,
-                "labels": list(facts.labels),
+                "labels": list(facts.class_names),
                 "window": {
                     "center_hu": facts.window.center_hu,
                     "width_hu": facts.window.width_hu,
@@ -254,7 +254,7 @@ class _Service:
 
     async def _scans(
         self, upload: Upload, side: int
-    ) -> AsyncGenerator[tuple[Decoded | Failed, ModelFacts | None], None]:
+    ) -> AsyncGenerator[tuple[Decoded | Failed, ModelMetadata | None], None]:
         """Slices of an upload, and the metadata whose window they are shown in."""
         try:
             metadata = self.link.facts
@@ -265,7 +265,7 @@ class _Service:
             async for scan in scans:
                 yield scan, metadata
 
-    async def _line(self, found: Decoded | Failed, metadata: ModelFacts | None) -> SliceResult:
+    async def _line(self, found: Decoded | Failed, metadata: ModelMetadata | None) -> SliceResult:
         line = await self._record(found, metadata)
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
@@ -273,7 +273,7 @@ class _Service:
         self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
-    async def _record(self, found: Decoded | Failed, metadata: ModelFacts | None) -> SliceResult:
+    async def _record(self, found: Decoded | Failed, metadata: ModelMetadata | None) -> SliceResult:
         if isinstance(found, Failed):
             return error_line(found.name, found.error)
         self.metrics.decode_s.observe(found.decode_ms / 1000)
@@ -308,7 +308,7 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> View:
         maps = predictions.activation_map[0].transpose(2, 0, 1)
         evidence = {
             label: [[round(float(value), 3) for value in row] for row in places]
-            for label, places in zip(predictions.metadata.labels, maps, strict=True)
+            for label, places in zip(predictions.metadata.class_names, maps, strict=True)
         }
     return {
         "network": {
