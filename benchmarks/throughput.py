@@ -31,7 +31,7 @@ from benchmarks.perf_analyzer import (
 from benchmarks.server import answers_of, statistics_of
 from benchmarks.variants import MeasuredConfig, Variant, find_variants, scores_of
 from chestct.client import ScanClient
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from chestct.imaging.scan import list_scans, load_scan
 from chestct.results.records import json_text
 from export.check.parity import spread_scans
@@ -256,7 +256,7 @@ def load(
 def from_files(
     config: ThroughputConfig,
     variants: list[Variant],
-    facts: ModelFacts,
+    facts: ModelMetadata,
     paths: list[Path],
     grpc_url: str,
 ) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def from_files(
     }
 
 
-def _loop(infer: Infer, facts: ModelFacts) -> Way:
+def _loop(infer: Infer, facts: ModelMetadata) -> Way:
     def way(paths: list[Path], output: Path) -> None:
         with output.open("w") as file:
             for path in paths:

@@ -16,7 +16,7 @@ from google.protobuf import text_format
 from PIL import Image, ImageOps
 
 from chestct.client import AsyncScanClient, ScanClient
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ContractError, ServerUnavailableError
 from chestct.imaging.scan import list_scans, load_scan
 from export.check.parity import Tolerance, compare, keras_runner, triton_runner
@@ -74,7 +74,7 @@ def test_served_model_answers_as_the_trained_one(triton, trained, scan_batch, pr
 def test_client_reads_the_facts_from_the_server(triton, trained):
     stored = json.loads((trained.model / "facts.json").read_text())
     with ScanClient(triton.grpc_url) as client:
-        assert client.metadata == ModelFacts.from_parameters(stored)
+        assert client.metadata == ModelMetadata.from_parameters(stored)
         assert client.model_version == "1"
         assert client.max_batch_size == 32
 

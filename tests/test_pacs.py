@@ -19,7 +19,7 @@ import pytest
 from pydicom import dcmread
 
 from chestct.client import ScanClient
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from chestct.imaging.scan import inspect_scan
 from chestct.pacs.reports import classify_series
 from chestct.results.records import result_line
@@ -34,7 +34,7 @@ from training.data.phantom import dicom_from_phantom, make_phantom
 
 pytestmark = pytest.mark.server
 CHESTCT = Path(sys.executable).with_name("chestct")
-FACTS = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
 SECRETS = ("SECRET", "1.2.826.0.1.88")
 NUM_SLICES = 6
 # A sender that stalls never splits its series.

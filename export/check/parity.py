@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from chestct.contract import INPUT_NAME, MODEL_NAME, OUTPUT_NAMES, ModelFacts
+from chestct.contract import INPUT_NAME, MODEL_NAME, OUTPUT_NAMES, ModelMetadata
 from chestct.imaging.scan import list_scans, load_scan
 from chestct.inference.server_pool import ServerPool
 from training.common.atomic_io import sha256_of, write_json
@@ -611,7 +611,7 @@ def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
     return np.stack([load_scan(paths[index]) for index in evenly_spread(len(paths), count)])
 
 
-def facts_of(variant: Path) -> ModelFacts:
+def facts_of(variant: Path) -> ModelMetadata:
     """The facts that lie beside the model of a variant.
 
     Raises:
@@ -619,10 +619,10 @@ def facts_of(variant: Path) -> ModelFacts:
     """
     file = variant / "facts.json"
     _require_file(file)
-    return ModelFacts.from_parameters(json.loads(file.read_text()))
+    return ModelMetadata.from_parameters(json.loads(file.read_text()))
 
 
-def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runner]) -> Verdict:
+def judge(config: ParityConfig, facts: ModelMetadata, candidates: Mapping[str, Runner]) -> Verdict:
     """Compare the runners of a variant, by name, with the reference that its precision asks for.
 
     Raises:
@@ -651,7 +651,7 @@ def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runn
     )
 
 
-def _exported_model(config: ParityConfig, facts: ModelFacts) -> Path:
+def _exported_model(config: ParityConfig, facts: ModelMetadata) -> Path:
     """The folder of the trained model that the variant came from, which may be an older one."""
     folder = model_folder(config.model)
     if (folder / "facts.json").is_file() and facts_of(folder).run == facts.run:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from export.check.parity import (
     Figure,
     Gate,
@@ -70,7 +70,7 @@ class Candidate:
 
     name: str
     widths: tuple[int, ...]
-    facts: ModelFacts
+    facts: ModelMetadata
     onnx: Path
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelFacts
+from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelMetadata
 from export.convert.onnx import set_facts
 from training.common.atomic_io import replaced, sha256_of, write_json
 from training.common.cli import command_parser, run_command
@@ -322,7 +322,7 @@ def write_graph(config: EngineConfig) -> Path:
     objections = tensorrt_objections(graph)
     if objections:
         raise ValueError(f"TensorRT would refuse {config.onnx}: {'; '.join(objections)}")
-    facts = ModelFacts.from_parameters(json.loads(facts_file.read_text()))
+    facts = ModelMetadata.from_parameters(json.loads(facts_file.read_text()))
     facts = dataclasses.replace(facts, precision=config.precision)
     if graph is not source:
         set_facts(graph, facts)

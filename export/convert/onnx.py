@@ -15,7 +15,7 @@ from chestct.contract import (
     NOT_A_MEDICAL_DEVICE,
     OUTPUT_NAMES,
     SCAN_SHAPE,
-    ModelFacts,
+    ModelMetadata,
     TensorSpec,
     input_spec,
     output_specs,
@@ -53,7 +53,7 @@ class OnnxConfig:
     opset: int = 18
 
 
-def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> onnx.ModelProto:
+def onnx_from_keras(model: keras.Model, facts: ModelMetadata, opset: int = 18) -> onnx.ModelProto:
     """An ONNX model with a dynamic batch axis, checked, with `facts` among its metadata.
 
     Input and outputs carry the names, dtypes and shapes of `chestct.contract`.
@@ -82,7 +82,7 @@ def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> o
     return converted
 
 
-def set_facts(model: onnx.ModelProto, facts: ModelFacts) -> None:
+def set_facts(model: onnx.ModelProto, facts: ModelMetadata) -> None:
     """Make `facts` the metadata of a model, in place of any before, and hold it to the contract.
 
     Raises:

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from chestct.contract import INPUT_NAME, SCAN_SIZE, ModelFacts
+from chestct.contract import INPUT_NAME, SCAN_SIZE, ModelMetadata
 from export.convert.onnx import set_facts
 from training.common.atomic_io import replaced, sha256_of, write_json
 from training.common.cli import command_parser, run_command
@@ -153,8 +153,8 @@ def quantized(model: onnx.ModelProto, scans: Scans) -> onnx.ModelProto:
 
 
 def int8_form(
-    model: onnx.ModelProto, facts: ModelFacts, scans: Scans
-) -> tuple[onnx.ModelProto, ModelFacts]:
+    model: onnx.ModelProto, facts: ModelMetadata, scans: Scans
+) -> tuple[onnx.ModelProto, ModelMetadata]:
     """The `quantized` form of a model and its facts, which are its metadata too.
 
     Args:
@@ -371,7 +371,7 @@ def write_int8(config: QuantizeConfig) -> Path:
     for path in (source, facts_file):
         if not path.is_file():
             raise ValueError(f"{path}: no such file; run python -m export onnx")
-    facts = ModelFacts.from_parameters(json.loads(facts_file.read_text()))
+    facts = ModelMetadata.from_parameters(json.loads(facts_file.read_text()))
     train = read_split(config.scans, config.split, facts.window)["train"]
     chosen = calibration_scans(train, config.num_scans)
     model, facts = int8_form(onnx.load(source), facts, chosen.pixels)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chestct.contract import INPUT_NAME, MODEL_NAME, ModelFacts, input_spec, output_specs
+from chestct.contract import INPUT_NAME, MODEL_NAME, ModelMetadata, input_spec, output_specs
 from export.convert.engine import profile_shape, read_record
 from export.convert.onnx import contract_differences
 from training.common.atomic_io import replaced, sha256_of
@@ -220,7 +220,7 @@ class ServeConfig(Settings):
 
 
 def config_pbtxt(
-    config: RepositoryConfig, facts: ModelFacts, *, version: int, onnx_sha256: str = ""
+    config: RepositoryConfig, facts: ModelMetadata, *, version: int, onnx_sha256: str = ""
 ) -> str:
     """The text of `config.pbtxt`: tensors from the contract, parameters from the facts.
 
@@ -282,7 +282,9 @@ def config_pbtxt(
     return _text(json_format.ParseDict(settings, model_config_pb2.ModelConfig()))
 
 
-def _optimization(config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str) -> dict[str, Any]:
+def _optimization(
+    config: RepositoryConfig, facts: ModelMetadata, onnx_sha256: str
+) -> dict[str, Any]:
     if config.engine == "openvino":
         accelerators: dict[str, Any] = {"cpu_execution_accelerator": [{"name": "openvino"}]}
     elif config.engine == "onnxruntime-cuda":
@@ -305,7 +307,7 @@ def _optimization(config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str)
 
 
 def tensorrt_parameters(
-    config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str
+    config: RepositoryConfig, facts: ModelMetadata, onnx_sha256: str
 ) -> dict[str, str]:
     """Parameters of the native backend's TensorRT accelerator, by the names that it knows.
 
@@ -385,7 +387,7 @@ def write_repository(config: RepositoryConfig) -> int:
             f"{config.parity} judged {judged}, not {config.engine}; name it among the engines of "
             "export parity"
         )
-    facts = ModelFacts.from_parameters(json.loads((config.model / "facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((config.model / "facts.json").read_text()))
     facts = dataclasses.replace(facts, card=_card_of(config, facts))
     differences = contract_differences(onnx.load(config.onnx), len(facts.labels))
     if differences:
@@ -419,7 +421,7 @@ def write_repository(config: RepositoryConfig) -> int:
     return _publish(config.repository / config.name, files, texts, config.keep_versions)
 
 
-def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
+def _card_of(config: RepositoryConfig, facts: ModelMetadata) -> str:
     """The summary of the model's card as one line of JSON, empty where there is none.
 
     Raises:
@@ -444,7 +446,7 @@ def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
     return json.dumps(card, separators=(",", ":"))
 
 
-def _network_run(model: Path, facts: ModelFacts) -> str:
+def _network_run(model: Path, facts: ModelMetadata) -> str:
     """The run that trained the network that a variant stands for: of a student, its teacher's."""
     student = model / "student.json"
     return str(json.loads(student.read_text())["teacher"]) if student.is_file() else facts.run
@@ -456,7 +458,7 @@ def _strangers(models: Mapping[str, RepositoryConfig]) -> dict[str, str]:
     for variant, model in models.items():
         path = model.model / "facts.json"
         if path.is_file() and model.served_file.is_file():
-            facts = ModelFacts.from_parameters(json.loads(path.read_text()))
+            facts = ModelMetadata.from_parameters(json.loads(path.read_text()))
             runs[variant] = _network_run(model.model, facts)
     first = next(iter(runs), "")
     return {
@@ -588,7 +590,7 @@ def write_encoded(repository: Path, keep_versions: int = 2) -> None:
 
     model = _served_message(repository / MODEL_NAME)
     own = {key: value.string_value for key, value in model.parameters.items()}
-    facts = ModelFacts.from_parameters(own)
+    facts = ModelMetadata.from_parameters(own)
     file = {"name": "file", "data_type": "TYPE_STRING", "dims": [1]}
     scan = {"name": INPUT_NAME, "data_type": "TYPE_UINT8", "dims": input_spec().shape[1:]}
     told = [

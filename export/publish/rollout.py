@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from chestct.contract import MODEL_NAME, ModelFacts
+from chestct.contract import MODEL_NAME, ModelMetadata
 from chestct.inference.proxies import url_opener, url_proxy
 from chestct.inference.server_pool import ServerPool
 from chestct.inference.wires import TLSOptions
@@ -293,7 +293,7 @@ def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: st
     return "fp32"
 
 
-def _about(facts: ModelFacts) -> dict[str, str]:
+def _about(facts: ModelMetadata) -> dict[str, str]:
     return {
         "run": facts.run,
         "data_hash": facts.data_hash,
@@ -330,7 +330,7 @@ def _require_parity(source: Path) -> None:
 def _golden_set(config: RolloutConfig, source: Path) -> ScanSet:
     message = parsed_config((source / "config.pbtxt").read_text(encoding="utf-8"))
     own = {key: value.string_value for key, value in message.parameters.items()}
-    window = ModelFacts.from_parameters(own).window
+    window = ModelMetadata.from_parameters(own).window
     sets = read_split(config.scans, config.split, window)
     if config.golden not in sets or not len(sets[config.golden]):
         raise ValueError(f"golden is {config.golden!r}; expected a split with scans: {list(sets)}")

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from chestct.contract import ModelFacts, Window, input_spec, output_specs
+from chestct.contract import ModelMetadata, Window, input_spec, output_specs
 from tests.support.ports import free_port
 
 LABELS = ("adenocarcinoma", "large_cell", "normal", "squamous_cell")
-FACTS = ModelFacts(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
 
 
 def _unchanged(_: str, value: Any) -> Any:

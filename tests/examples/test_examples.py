@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from export.publish.repository import write_encoded
 from serving.local import LocalTriton
 from tests.support.orthanc import Orthanc
@@ -24,7 +24,7 @@ from training.data.phantom import dicom_from_phantom, make_phantom
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("examples")]
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FACTS = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
 NUM_SLICES = 3
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import serving.local
 from chestct.client import ScanClient
-from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, ModelFacts
+from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, ModelMetadata
 from serving.local import LocalTriton, uses_gpu
 
 PROVIDER = "lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so"
@@ -87,7 +87,7 @@ def test_gpu_is_hidden_from_the_server_and_its_backends(
     (folder / "tmp").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     (folder / ".venv-triton").symlink_to(triton_environment)
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
+    facts = ModelMetadata(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
     parameters = "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
         for key, value in facts.to_parameters().items()

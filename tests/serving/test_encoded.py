@@ -21,7 +21,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from chestct.client import ScanClient
-from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelFacts, Window
+from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelMetadata, Window
 from chestct.errors import ScanDecodeError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.scan import decode_scan, inspect_scan, list_scans
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.server, pytest.mark.xdist_group("encoded")]
 CHECKOUT = Path(__file__).parents[2]
 LIMIT_S = 30.0
 # Not the default window: a step that read no parameters would give other numbers for DICOM.
-FACTS = ModelFacts(("a", "b", "größer"), Window(-300.0, 900.0), 1.0, 10.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(("a", "b", "größer"), Window(-300.0, 900.0), 1.0, 10.0, "run-7", "ab" * 32)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Artefacts:
         latency: Content of `latency.json`, or why there is none.
     """
 
-    facts: ModelFacts
+    facts: ModelMetadata
     model_sha256: str
     training: dict[str, Any]
     history: list[dict[str, str]]
@@ -201,9 +201,9 @@ def _of_run(file: Path, run: str, command: str) -> dict[str, Any] | str:
     return content if content["run"] == run else f"{file} is of run {content['run']}"
 
 
-def _facts(file: Path, content: Mapping[str, Any]) -> ModelFacts:
+def _facts(file: Path, content: Mapping[str, Any]) -> ModelMetadata:
     try:
-        return ModelFacts.from_parameters(content)
+        return ModelMetadata.from_parameters(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}; run python -m training fit again") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from chestct.imaging.scan import list_scans
 from training.common.metrics import NORMAL, calibration_error, reliability, score
 from training.data.dataset import ScanSet, load_pixels, predict_outputs, read_split
@@ -81,7 +81,7 @@ def distinct(scans: ScanSet) -> npt.NDArray[np.bool_]:
 
 
 def official_protocols(
-    name: str, facts: ModelFacts, sets: dict[str, ScanSet], probabilities: Floats
+    name: str, facts: ModelMetadata, sets: dict[str, ScanSet], probabilities: Floats
 ) -> list[Protocol]:
     """The test split as it is, and without scans that have a near duplicate in train or valid.
 
@@ -99,7 +99,7 @@ def official_protocols(
     return [whole, whole.where(f"{name}_without_duplicates", ~seen)] if seen.any() else [whole]
 
 
-def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Protocol]:
+def grouped_protocols(folder: Path, scans: Path, facts: ModelMetadata) -> list[Protocol]:
     """Every scan, answered by the fold that has not seen its group; and the distinct pictures.
 
     Args:
@@ -125,7 +125,7 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
         test, train = sets["test"], sets["train"]
         if any(path not in rows for path in test.paths) or test.names != names:
             raise ValueError(f"{fold}: other scans than in {folder}/answers.csv; run it again")
-        of_fold = ModelFacts.from_parameters(json.loads((fold / "train/facts.json").read_text()))
+        of_fold = ModelMetadata.from_parameters(json.loads((fold / "train/facts.json").read_text()))
         model = np.array([[rows[path][name] for name in names] for path in test.paths], np.float32)
         answers = {"model": model}
         answers |= {who: baseline(train, test.pixels) for who, baseline in BASELINES.items()}
@@ -148,7 +148,7 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
 
 
 def external_protocols(
-    model: Any, facts: ModelFacts, train: ScanSet, folder: Path
+    model: Any, facts: ModelMetadata, train: ScanSet, folder: Path
 ) -> list[Protocol]:
     """Each other folder of an outside source against its folder `normal`, as two classes.
 

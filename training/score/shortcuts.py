@@ -22,7 +22,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 
-from chestct.contract import MAP_SIZE, SCAN_SIZE, ModelFacts, Window
+from chestct.contract import MAP_SIZE, SCAN_SIZE, ModelMetadata, Window
 from chestct.imaging.body import body_box, body_mask
 from chestct.imaging.scan import list_scans, load_grey, resize_scan
 from training.common.atomic_io import without_nan
@@ -626,7 +626,7 @@ def _drawn(boxes: Boxes) -> Mask:
 
 
 def check_shortcuts(
-    model: Any, facts: ModelFacts, test: ScanSet, boxes: Path | None = None
+    model: Any, facts: ModelMetadata, test: ScanSet, boxes: Path | None = None
 ) -> dict[str, Any]:
     """All checks of one model as plain values ready for JSON; None for what is undefined.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chestct.client import AsyncScanClient, CallOptions, ScanClient
-    from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts, Window
+    from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelMetadata, Window
     from chestct.errors import (
         ChestCTError,
         ContractError,
@@ -62,7 +62,7 @@ __all__ = [
     "InferenceError",
     "InferenceTimeoutError",
     "ModelExchangedError",
-    "ModelFacts",
+    "ModelMetadata",
     "OutOfDomainError",
     "Predictions",
     "ReportError",

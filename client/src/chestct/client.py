@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chestct.batch.pipeline import classify_sources, new_workers
-from chestct.contract import MODEL_NAME, ModelFacts
+from chestct.contract import MODEL_NAME, ModelMetadata
 from chestct.errors import ScanDecodeError
 from chestct.imaging._warnings import without_warnings
 from chestct.imaging.scan import Scan, SliceFacts, apply_window, inspect_bytes, resize_scan
@@ -193,7 +193,7 @@ class ScanClient(ServerPool):
         self,
         name: str,
         scan: Scan,
-        metadata: ModelFacts,
+        metadata: ModelMetadata,
         start_s: float,
         options: CallOptions,
     ) -> Record:
@@ -244,7 +244,7 @@ class AsyncScanClient:
         await self.close()
 
     @property
-    def metadata(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """See `ScanClient.metadata`."""
         return self._client.metadata
 
@@ -261,7 +261,7 @@ class AsyncScanClient:
         self,
         scans: ScanArray,
         *,
-        prepared_for: ModelFacts | None = None,
+        prepared_for: ModelMetadata | None = None,
         **options: Unpack[CallOptions],
     ) -> Predictions:
         """See `ScanClient.infer`."""

@@ -21,7 +21,7 @@ __all__ = [
     "PREPARATION",
     "SCAN_SHAPE",
     "SCAN_SIZE",
-    "ModelFacts",
+    "ModelMetadata",
     "TensorSpec",
     "Window",
     "input_spec",
@@ -90,7 +90,7 @@ def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelMetadata:
     """What a served model says of itself in the `parameters` of its `config.pbtxt`.
 
     Attributes:
@@ -147,7 +147,7 @@ class ModelFacts:
         }
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> ModelFacts:
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ModelMetadata:
         """Facts from the string parameters of a server's model config.
 
         Raises:

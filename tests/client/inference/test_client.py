@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from chestct import errors
 from chestct.client import AsyncScanClient, ScanClient
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from chestct.errors import (
     ChestCTError,
     ContractError,
@@ -68,7 +68,7 @@ def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_predictions_of_a_split_batch(kind: str, peer: Any, scans: np.ndarray) -> None:
     predictions = classify(kind, peer.url, scans)
     assert [size for size, _ in peer.model.requests] == [4, 2]
-    facts = ModelFacts.from_parameters(peer.model.parameters)
+    facts = ModelMetadata.from_parameters(peer.model.parameters)
     assert predictions.metadata == facts
     assert predictions.predicted_labels == [facts.labels[i] for i in (0, 1, 2, 3, 0, 1)]
     assert predictions.probabilities.shape == (6, 4)
@@ -98,7 +98,7 @@ def test_scan_beyond_the_threshold_is_out_of_domain(
 
 
 def test_distance_at_the_threshold_is_in_domain() -> None:
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 2.0, "run", "00")
+    facts = ModelMetadata(("a", "b", "c"), LUNG_WINDOW, 1.0, 2.0, "run", "00")
     distances = np.array([1.9, 2.0, 2.1], np.float32)
     predictions = Predictions(np.eye(3, dtype=np.float32), None, distances, facts, "m", "1")
     assert predictions.in_domain.tolist() == [True, True, False]
@@ -476,7 +476,7 @@ def test_threads_share_a_grpc_client(grpc_peer: Any, scans: np.ndarray) -> None:
 
 def test_large_answers_pass(kind: str, grpc_peer: Any, scans: np.ndarray) -> None:
     # 4 maps of 14 x 14 x 2000 float32 are 6.3 MB, gRPC's own limit is 4 MiB.
-    facts = ModelFacts.from_parameters(grpc_peer.model.parameters)
+    facts = ModelMetadata.from_parameters(grpc_peer.model.parameters)
     many = replace(facts, labels=tuple(f"class {number}" for number in range(2000)))
     grpc_peer.model.parameters = many.to_parameters()
     grpc_peer.model.num_classes = 2000

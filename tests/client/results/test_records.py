@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ScanDecodeError
 from chestct.inference.predictions import Predictions
 from chestct.results.records import error_line, json_text, result_line
@@ -16,7 +16,7 @@ from chestct.results.records import error_line, json_text, result_line
 
 @pytest.fixture
 def predictions() -> Predictions:
-    facts = ModelFacts(("cancer", "normal"), LUNG_WINDOW, 1.2, 5.0, "run-3", "cd" * 32)
+    facts = ModelMetadata(("cancer", "normal"), LUNG_WINDOW, 1.2, 5.0, "run-3", "cd" * 32)
     probabilities = np.array([[0.1, 0.9], [0.7, 0.3]], np.float32)
     return Predictions(probabilities, None, np.array([1.5, 7.1], np.float32), facts, "chestct", "4")
 

@@ -11,7 +11,7 @@ import yaml
 
 import training.common.atomic_io
 from chestct.client import ScanClient
-from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
+from chestct.contract import PREPARATION, ModelMetadata, input_spec, output_specs
 from export.convert.engine import PlanRecord
 from export.publish.repository import (
     DECODE,
@@ -35,7 +35,7 @@ from training.common.atomic_io import sha256_of
 from training.common.config import load_config
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-FACTS = ModelFacts.from_parameters(
+FACTS = ModelMetadata.from_parameters(
     {
         "labels": '["a", "b", "c"]',
         "window_center_hu": "-600.0",
@@ -112,10 +112,10 @@ def test_first_version_is_complete(config, trained):
         "domain_distance": [1],
     }
     assert [warm.batch_size for warm in parsed.model_warmup] == [1, 8]
-    facts = ModelFacts.from_parameters({k: v.string_value for k, v in parsed.parameters.items()})
+    facts = ModelMetadata.from_parameters({k: v.string_value for k, v in parsed.parameters.items()})
     assert (folder / "1" / "labels.txt").read_text().split() == list(facts.labels)
     stored = json.loads((trained.model / "facts.json").read_text())
-    assert facts == ModelFacts.from_parameters(stored)
+    assert facts == ModelMetadata.from_parameters(stored)
 
 
 def test_publishing_again_changes_nothing(config):
@@ -206,11 +206,11 @@ def test_an_interruption_before_the_switch_keeps_serving_the_old_version(config,
 
 
 def test_labels_with_quotes_and_umlauts_survive(config):
-    facts = ModelFacts.from_parameters(json.loads((config.model / "facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((config.model / "facts.json").read_text()))
     odd = dataclasses.replace(facts, labels=('Größe "1"', "back\\slash"))
     parsed = parsed_config(config_pbtxt(config, odd, version=1))
     found = {k: v.string_value for k, v in parsed.parameters.items()}
-    assert ModelFacts.from_parameters(found).labels == odd.labels
+    assert ModelMetadata.from_parameters(found).labels == odd.labels
 
 
 def test_another_number_of_classes_breaks_the_contract(config):
@@ -571,7 +571,7 @@ def test_real_triton_serves_every_variant_as_it_was_published(
         assert len(started) == count, (name, started)
 
 
-def tiny_variant(repository: Path, variant: str, facts: ModelFacts) -> None:
+def tiny_variant(repository: Path, variant: str, facts: ModelMetadata) -> None:
     """A published variant, as far as `promote` reads it."""
     folder = repository / f"chestct_{variant}" / "1"
     folder.mkdir(parents=True)

@@ -19,7 +19,7 @@ import tritonclient.grpc
 from onnx import numpy_helper
 
 from chestct.client import ScanClient
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from export.publish import rollout
 from export.publish.repository import (
     CANDIDATE,
@@ -36,7 +36,7 @@ from training.common.atomic_io import sha256_of
 
 pytestmark = pytest.mark.server
 
-FACTS = ModelFacts(
+FACTS = ModelMetadata(
     ("adenocarcinoma", "large.cell.carcinoma", "normal"),
     LUNG_WINDOW,
     1.0,
@@ -59,7 +59,9 @@ class Stage:
         return self.config.repository / "chestct"
 
 
-def publish(source: Path, repository: Path, variant: str, factor: float, facts: ModelFacts) -> None:
+def publish(
+    source: Path, repository: Path, variant: str, factor: float, facts: ModelMetadata
+) -> None:
     """The tiny model with its kernel times `factor`, as a published variant."""
     folder = repository / f"chestct_{variant}" / "1"
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import training.learn.fit
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from training.learn.fit import (
     FitConfig,
     ResumableState,
@@ -67,7 +67,7 @@ def test_training_writes_model_facts_history_and_run(trained):
 
 
 def test_run_is_finished_and_holds_the_model(trained):
-    facts = ModelFacts.from_parameters(json.loads((trained.model / "facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((trained.model / "facts.json").read_text()))
     run = mlflow.get_run(facts.run)
     assert run.info.status == "FINISHED"
     assert run.data.params["weights.source"] == "random"

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chestct.contract import (
-    ModelFacts,
+    ModelMetadata,
     TensorSpec,
     input_spec,
     output_specs,
@@ -57,7 +57,7 @@ ERROR_BY_STATUS: Mapping[str, type[ServerError]] = {
 class ServedModel:
     """Metadata, version and batch limit of the model that a server serves."""
 
-    metadata: ModelFacts
+    metadata: ModelMetadata
     version: str
     max_batch_size: int
 
@@ -258,7 +258,7 @@ def _served_model(
     facts = None
     try:
         parameters = config.get("parameters", {})
-        facts = ModelFacts.from_parameters(
+        facts = ModelMetadata.from_parameters(
             {name: value.get("string_value", "") for name, value in parameters.items()}
         )
     except ValueError as error:

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chestct.contract import NOT_A_MEDICAL_DEVICE, SCAN_SHAPE, SCAN_SIZE, ModelFacts, output_specs
+from chestct.contract import (
+    NOT_A_MEDICAL_DEVICE,
+    SCAN_SHAPE,
+    SCAN_SIZE,
+    ModelMetadata,
+    output_specs,
+)
 from chestct.errors import InferenceError
 
 __all__ = ["Health", "Predictions"]
@@ -34,7 +40,7 @@ class Predictions:
     probabilities: Float32Array
     activation_map: Float32Array | None
     domain_distance: Float32Array
-    metadata: ModelFacts
+    metadata: ModelMetadata
     model_name: str
     model_version: str
 

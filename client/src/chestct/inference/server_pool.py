@@ -25,7 +25,7 @@ import numpy as np
 from chestct.contract import (
     MODEL_NAME,
     OUTPUT_NAMES,
-    ModelFacts,
+    ModelMetadata,
 )
 from chestct.errors import (
     ContractError,
@@ -86,7 +86,7 @@ class _Server:
 class _Call:
     """What the requests of a call have in common."""
 
-    expected: ModelFacts
+    expected: ModelMetadata
     with_map: bool = False
     headers: Mapping[str, str] | None = None
     request_id: str = ""
@@ -153,7 +153,7 @@ class ServerPool:
         self._servers = [
             _Server(Connection(url, model, version, tls=tls, headers=headers)) for url in self.urls
         ]
-        self._metadata: ModelFacts | None = None
+        self._metadata: ModelMetadata | None = None
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._last_error: ServerError | None = None
@@ -170,7 +170,7 @@ class ServerPool:
         self.close()
 
     @property
-    def metadata(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """The model's labels, window, training run and so on, as read by `connect`."""
         if self._metadata is None:
             raise ServerUnavailableError(
@@ -215,7 +215,7 @@ class ServerPool:
             in_thread(server.connection.wait_for_model, *limits_s): server
             for server in self._servers
         }
-        first: ModelFacts | None = None
+        first: ModelMetadata | None = None
         refused: ServerError | None = None
         waiting, limit_s = set(joining), self.connect_timeout_s + 1
         while waiting:
@@ -248,7 +248,7 @@ class ServerPool:
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
         request_id: str = "",
-        prepared_for: ModelFacts | None = None,
+        prepared_for: ModelMetadata | None = None,
     ) -> Predictions:
         """Classify prepared scans.
 
@@ -506,7 +506,7 @@ class ServerPool:
             server.is_healthy, server.num_failures, server.is_probed = True, 0, False
             self._changed.notify_all()
 
-    def _compare(self, url: str, metadata: ModelFacts) -> None:
+    def _compare(self, url: str, metadata: ModelMetadata) -> None:
         differences = _differences(metadata, self.metadata)
         if differences:
             raise ContractError(
@@ -515,7 +515,9 @@ class ServerPool:
                 url,
             )
 
-    def _exchanged(self, url: str, found: ModelFacts, expected: ModelFacts) -> ModelExchangedError:
+    def _exchanged(
+        self, url: str, found: ModelMetadata, expected: ModelMetadata
+    ) -> ModelExchangedError:
         return ModelExchangedError(
             f"{url}: model {self.model!r} was exchanged for one with labels "
             f"{', '.join(found.labels)} and window {found.window}, expected "
@@ -542,12 +544,12 @@ def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> Fu
     return future
 
 
-def _same_task(one: ModelFacts, other: ModelFacts) -> bool:
+def _same_task(one: ModelMetadata, other: ModelMetadata) -> bool:
     """Whether two models take the same scans and give the same classes."""
     return (one.labels, one.window) == (other.labels, other.window)
 
 
-def _differences(found: ModelFacts, expected: ModelFacts) -> str:
+def _differences(found: ModelMetadata, expected: ModelMetadata) -> str:
     return "; ".join(
         f"{field.name} is {getattr(found, field.name)}, expected {getattr(expected, field.name)}"
         for field in dataclasses.fields(found)

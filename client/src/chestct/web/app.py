@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from chestct import __version__
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ServerError
 from chestct.inference.predictions import Predictions
 from chestct.results.records import error_line, json_text, result_line
@@ -248,7 +248,7 @@ class _Service:
 
     async def _scans(
         self, upload: Upload, side: int
-    ) -> AsyncGenerator[tuple[Decoded | Failed, ModelFacts | None], None]:
+    ) -> AsyncGenerator[tuple[Decoded | Failed, ModelMetadata | None], None]:
         """Slices of an upload, and the metadata whose window they are shown in."""
         try:
             metadata = self.link.facts
@@ -259,7 +259,9 @@ class _Service:
             async for scan in scans:
                 yield scan, metadata
 
-    async def _line(self, found: Decoded | Failed, metadata: ModelFacts | None) -> dict[str, Any]:
+    async def _line(
+        self, found: Decoded | Failed, metadata: ModelMetadata | None
+    ) -> dict[str, Any]:
         line = await self._record(found, metadata)
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
@@ -267,7 +269,9 @@ class _Service:
         self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
-    async def _record(self, found: Decoded | Failed, metadata: ModelFacts | None) -> dict[str, Any]:
+    async def _record(
+        self, found: Decoded | Failed, metadata: ModelMetadata | None
+    ) -> dict[str, Any]:
         if isinstance(found, Failed):
             return error_line(found.name, found.error)
         self.metrics.decode_s.observe(found.decode_ms / 1000)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chestct.client import AsyncScanClient
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from chestct.errors import (
     ContractError,
     InferenceError,
@@ -82,7 +82,7 @@ class ModelLink:
         return self._trouble
 
     @property
-    def facts(self) -> ModelFacts:
+    def facts(self) -> ModelMetadata:
         """What the model told of itself when it was looked at last.
 
         Raises:
@@ -102,7 +102,7 @@ class ModelLink:
         return self._client.model_version
 
     async def classify(
-        self, scan: npt.NDArray[np.uint8], with_map: bool, prepared_for: ModelFacts | None
+        self, scan: npt.NDArray[np.uint8], with_map: bool, prepared_for: ModelMetadata | None
     ) -> Predictions:
         """What the model says of one scan, uint8 (224, 224, 1), in the window of `prepared_for`.
 
