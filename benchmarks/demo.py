@@ -148,7 +148,7 @@ def serve_and_classify(scans: Path) -> Served:
             with ScanClient(server.grpc_url, EXACT) as client:
                 name = f"triton {EXACT} over gRPC"
                 exact = compare(pixels, reference, (name, triton_runner(client)), Tolerance())
-    return Served(over_grpc, over_http, precision, exact, promoted, facts.labels)
+    return Served(over_grpc, over_http, precision, exact, promoted, facts.class_names)
 
 
 def in_words(served: Served, scans: Path) -> list[str]:

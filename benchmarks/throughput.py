@@ -311,7 +311,7 @@ def _loop(infer: Infer, facts: ModelMetadata) -> Way:
             for path in paths:
                 answer = infer(load_scan(path, facts.window)[np.newaxis])
                 values = (float(value) for value in answer["probabilities"][0])
-                probabilities = dict(zip(facts.labels, values, strict=True))
+                probabilities = dict(zip(facts.class_names, values, strict=True))
                 file.write(json_text({"path": str(path), "probabilities": probabilities}))
 
     return way

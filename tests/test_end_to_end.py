@@ -123,7 +123,7 @@ def test_directory_with_bad_files_is_classified_to_the_end(triton, trained, tmp_
     model, facts = load_trained(trained.model)
     expected = model.predict_on_batch(np.stack([load_scan(Path(path)) for path in good]))
     for row, line in zip(expected["probabilities"], good.values(), strict=True):
-        assert list(line["probabilities"]) == list(facts.labels)
+        assert list(line["probabilities"]) == list(facts.class_names)
         np.testing.assert_allclose(list(line["probabilities"].values()), row, atol=1e-5)
         assert line["model"] == {"name": "chestct", "version": "1", "run": facts.run}
         assert set(line["ms"]) == {"decode", "infer"}

@@ -92,7 +92,7 @@ def set_facts(model: onnx.ModelProto, facts: ModelMetadata) -> None:
 
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts.to_parameters() | {"notice": NOT_A_MEDICAL_DEVICE})
-    differences = contract_differences(model, len(facts.labels))
+    differences = contract_differences(model, len(facts.class_names))
     if differences:
         raise ValueError(f"the graph differs from the contract: {'; '.join(differences)}")
 

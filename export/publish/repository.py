@@ -242,7 +242,7 @@ def config_pbtxt(
     scan = {"data_type": f"TYPE_{input_spec().dtype}", "dims": input_spec().shape[1:]}
     outputs: list[dict[str, Any]] = [
         {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": spec.shape[1:]}
-        for spec in output_specs(len(facts.labels))
+        for spec in output_specs(len(facts.class_names))
     ]
     outputs[0]["label_filename"] = f"{version}/labels.txt"
     parameters = facts.to_parameters()
@@ -389,7 +389,7 @@ def write_repository(config: RepositoryConfig) -> int:
         )
     facts = ModelMetadata.from_parameters(json.loads((config.model / "facts.json").read_text()))
     facts = dataclasses.replace(facts, card=_card_of(config, facts))
-    differences = contract_differences(onnx.load(config.onnx), len(facts.labels))
+    differences = contract_differences(onnx.load(config.onnx), len(facts.class_names))
     if differences:
         raise ValueError(f"{config.onnx} breaks the contract: {'; '.join(differences)}")
     files = {config.served_file.name: config.served_file, "parity.json": config.parity}
@@ -410,7 +410,7 @@ def write_repository(config: RepositoryConfig) -> int:
     def texts(version: int) -> Texts:
         found = {
             "config.pbtxt": config_pbtxt(config, facts, version=version, onnx_sha256=sha256),
-            "labels.txt": "\n".join(facts.labels) + "\n",
+            "labels.txt": "\n".join(facts.class_names) + "\n",
         }
         if config.engine in GPU_ENGINES and config.engine != "tensorrt-plan":
             # A server without a GPU takes this one, because it refuses a model of KIND_GPU.
@@ -595,13 +595,13 @@ def write_encoded(repository: Path, keep_versions: int = 2) -> None:
     scan = {"name": INPUT_NAME, "data_type": "TYPE_UINT8", "dims": input_spec().shape[1:]}
     told = [
         {"name": "reasons", "data_type": "TYPE_STRING", "dims": [1]},
-        {"name": "labels", "data_type": "TYPE_STRING", "dims": [len(facts.labels)]},
+        {"name": "labels", "data_type": "TYPE_STRING", "dims": [len(facts.class_names)]},
         {"name": "domain_threshold", "data_type": "TYPE_FP32", "dims": [1]},
         {"name": "notice", "data_type": "TYPE_STRING", "dims": [1]},
     ]
     answers = [
         {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": spec.shape[1:]}
-        for spec in output_specs(len(facts.labels))
+        for spec in output_specs(len(facts.class_names))
     ]
     names = {
         key: [item["name"] for item in items]

@@ -206,7 +206,7 @@ def roll_out(config: RolloutConfig, server: Server, variant: str) -> dict[str, A
     with server.session() as session:
         before = {"version": session.model_version, **_about(session.metadata)}
         old = run_all("served", triton_runner(session), scans.pixels)
-        old_labels = session.metadata.labels
+        old_labels = session.metadata.class_names
     try:
         promote(config.repository, variant, config.keep_versions, name=CANDIDATE)
         server.load(CANDIDATE)
@@ -215,7 +215,7 @@ def roll_out(config: RolloutConfig, server: Server, variant: str) -> dict[str, A
             facts = session.metadata
             new = run_all("candidate", triton_runner(session), scans.pixels)
             _require_same_file(source, triton_runner(session), scans)
-        figures = _judge(config, scans, (old_labels, old), (facts.labels, new))
+        figures = _judge(config, scans, (old_labels, old), (facts.class_names, new))
         logger.info("golden set: %s", json.dumps(figures))
         version = _switch(
             config, server, lambda: promote(config.repository, variant, config.keep_versions)

@@ -73,7 +73,7 @@ def expected_of(url: str, file: Path) -> dict[str, Any]:
     with ScanClient(url) as client:
         pixels = inspect_scan(file, WINDOW).pixels
         answer = client.infer(pixels[np.newaxis])
-        return dict(zip(answer.metadata.labels, answer.probabilities[0].tolist(), strict=True))
+        return dict(zip(answer.metadata.class_names, answer.probabilities[0].tolist(), strict=True))
 
 
 def test_a_file_by_path_bytes_and_stream(call: Call, url: str, file: Path) -> None:

@@ -108,7 +108,9 @@ def test_a_file_gives_the_numbers_of_the_clients_own_decoding(
         np.testing.assert_array_equal(got[name], want, err_msg=name)
     assert [json.loads(row[0]) for row in got["reasons"]] == [list(s.reasons) for s in scans]
     assert any("coloured" in row[0].decode() for row in got["reasons"])
-    assert [[item.decode() for item in row] for row in got["labels"]] == [list(FACTS.labels)] * 5
+    assert [[item.decode() for item in row] for row in got["labels"]] == [
+        list(FACTS.class_names)
+    ] * 5
     assert got["domain_threshold"].ravel().tolist() == [FACTS.domain_threshold] * 5
     assert {row[0].decode() for row in got["notice"]} == {NOT_A_MEDICAL_DEVICE}
 
@@ -215,6 +217,6 @@ def test_the_curl_command_of_the_readme_classifies_a_file(
     answer = json.loads(done.stdout)
     expected = infer_grpc(encoded, [files[kind].read_bytes()])
     np.testing.assert_allclose(answer["probabilities"], expected["probabilities"][0], rtol=1e-6)
-    assert answer["labels"] == list(FACTS.labels)
+    assert answer["labels"] == list(FACTS.class_names)
     assert answer["notice"] == NOT_A_MEDICAL_DEVICE
     assert json.loads(answer["reasons"]) == json.loads(expected["reasons"][0, 0])

@@ -258,7 +258,7 @@ def _at_a_glance(found: Artefacts, run: RunRecord | None) -> list[str]:
     scores = found.protocols[name]["model"]
     return table(["what", "value"], [
         ["kind", "convolutional neural network, VGG-16, classifier of single grey slices"],
-        ["classes", ", ".join(map(plain, facts.labels))],
+        ["classes", ", ".join(map(plain, facts.class_names))],
         ["training run", code(facts.run)],
         ["begun", f"{run.begun:%Y-%m-%d %H:%M} UTC" if run else NOT_RECORDED],
         ["model file", f"`model.keras`, SHA-256 {code(found.model_sha256)}"],
@@ -288,7 +288,7 @@ def source_in_words(found: Artefacts) -> str:
 
 def _model(found: Artefacts) -> list[str]:
     facts = found.facts
-    specs = [input_spec(), *output_specs(len(facts.labels))]
+    specs = [input_spec(), *output_specs(len(facts.class_names))]
     return [
         "The 13 convolutions of VGG-16 (Simonyan and Zisserman 2015), then one 1x1 convolution to "
         "the classes and the average over its places. What that convolution says at each place is "

@@ -96,9 +96,10 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
     model, facts = load_trained(config.model)
     sets = read_split(config.scans, config.split, facts.window)
     test = sets["test"]
-    if test.names != facts.labels:
+    if test.names != facts.class_names:
         raise ValueError(
-            f"{config.split} has the classes {test.names}, the model {facts.labels}; train again"
+            f"{config.split} has the classes {test.names}, the model {facts.class_names}; "
+            "train again"
         )
     made_by = json.loads(config.protocol.read_text())["protocol"]
     # `grouped` is the cross-validation, in which every scan is a test scan once.
@@ -112,7 +113,7 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
     metrics: dict[str, Any] = {
         "run": facts.run,
         "data_hash": facts.data_hash,
-        "labels": list(facts.labels),
+        "labels": list(facts.class_names),
         "temperature": facts.temperature,
         "intervals": "95 %, bootstrap over groups; of a proportion that is 0 or 1 Wilson over "
         "groups",

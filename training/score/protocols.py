@@ -166,10 +166,10 @@ def external_protocols(
         chestct.errors.ScanDecodeError: A scan cannot be read.
     """
     classes = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    if NORMAL not in facts.labels or NORMAL not in classes or len(classes) < 2:
+    if NORMAL not in facts.class_names or NORMAL not in classes or len(classes) < 2:
         raise ValueError(
-            f"{folder}: holds {sorted(classes)}, the model knows {list(facts.labels)}; expected "
-            f"{NORMAL!r} in both and another folder beside it"
+            f"{folder}: holds {sorted(classes)}, the model knows {list(facts.class_names)}; "
+            f"expected {NORMAL!r} in both and another folder beside it"
         )
     paths = {name: list(list_scans(path)) for name, path in classes.items()}
     pixels = {
@@ -187,7 +187,7 @@ def external_protocols(
         scans = ScanSet(both, labels, np.arange(len(labels)), listed, (NORMAL, name))
         answers = {"model": predict_outputs(model, both, f"external {name}")["probabilities"]}
         answers |= {who: baseline(train, both) for who, baseline in BASELINES.items()}
-        normal = facts.labels.index(NORMAL)
+        normal = facts.class_names.index(NORMAL)
         two = {
             who: np.column_stack([answer[:, normal], 1 - answer[:, normal]])
             for who, answer in answers.items()

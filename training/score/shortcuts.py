@@ -644,7 +644,7 @@ def check_shortcuts(
         chestct.errors.ScanDecodeError: An annotated slice cannot be read.
         OSError: A file under `boxes` cannot be read.
     """
-    annotated = None if boxes is None else read_annotated(boxes, facts.labels, facts.window)
+    annotated = None if boxes is None else read_annotated(boxes, facts.class_names, facts.window)
     outputs = predict_outputs(model, test.pixels, "scans as they are")
     probabilities = outputs["probabilities"]
 

@@ -84,7 +84,7 @@ def decoded(files: np.ndarray, facts: ModelMetadata) -> Tensors:
     return {
         INPUT_NAME: np.stack([scan.pixels for scan in scans]),
         "reasons": texts([[json.dumps(scan.reasons)] for scan in scans]),
-        "labels": texts([list(facts.labels)] * num_files),
+        "labels": texts([list(facts.class_names)] * num_files),
         "domain_threshold": np.full((num_files, 1), facts.domain_threshold, np.float32),
         "notice": texts([[NOT_A_MEDICAL_DEVICE]] * num_files),
     }

@@ -216,7 +216,7 @@ def test_many_scans_stay_with_their_files(
     for index, mean in enumerate(means):
         Image.fromarray(grey_slice(int(mean), seed=index)).save(tmp_path / f"{index:03}.png")
     lines = client.classify_many(list_scans(tmp_path), batch_size=7, workers=4)
-    labels = client.metadata.labels
+    labels = client.metadata.class_names
     assert [labels.index(line["label"]) for line in lines] == [int(mean) // 64 for mean in means]
 
 

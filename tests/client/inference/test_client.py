@@ -70,7 +70,7 @@ def test_predictions_of_a_split_batch(kind: str, peer: Any, scans: np.ndarray) -
     assert [size for size, _ in peer.model.requests] == [4, 2]
     facts = ModelMetadata.from_parameters(peer.model.parameters)
     assert predictions.metadata == facts
-    assert predictions.predicted_labels == [facts.labels[i] for i in (0, 1, 2, 3, 0, 1)]
+    assert predictions.predicted_labels == [facts.class_names[i] for i in (0, 1, 2, 3, 0, 1)]
     assert predictions.probabilities.shape == (6, 4)
     assert predictions.probabilities.dtype == np.float32
     assert predictions.activation_map is not None
@@ -477,7 +477,7 @@ def test_threads_share_a_grpc_client(grpc_peer: Any, scans: np.ndarray) -> None:
 def test_large_answers_pass(kind: str, grpc_peer: Any, scans: np.ndarray) -> None:
     # 4 maps of 14 x 14 x 2000 float32 are 6.3 MB, gRPC's own limit is 4 MiB.
     facts = ModelMetadata.from_parameters(grpc_peer.model.parameters)
-    many = replace(facts, labels=tuple(f"class {number}" for number in range(2000)))
+    many = replace(facts, class_names=tuple(f"class {number}" for number in range(2000)))
     grpc_peer.model.parameters = many.to_parameters()
     grpc_peer.model.num_classes = 2000
     predictions = classify(kind, grpc_peer.url, scans[:4])

@@ -113,7 +113,7 @@ def test_first_version_is_complete(config, trained):
     }
     assert [warm.batch_size for warm in parsed.model_warmup] == [1, 8]
     facts = ModelMetadata.from_parameters({k: v.string_value for k, v in parsed.parameters.items()})
-    assert (folder / "1" / "labels.txt").read_text().split() == list(facts.labels)
+    assert (folder / "1" / "labels.txt").read_text().split() == list(facts.class_names)
     stored = json.loads((trained.model / "facts.json").read_text())
     assert facts == ModelMetadata.from_parameters(stored)
 
@@ -207,10 +207,10 @@ def test_an_interruption_before_the_switch_keeps_serving_the_old_version(config,
 
 def test_labels_with_quotes_and_umlauts_survive(config):
     facts = ModelMetadata.from_parameters(json.loads((config.model / "facts.json").read_text()))
-    odd = dataclasses.replace(facts, labels=('Größe "1"', "back\\slash"))
+    odd = dataclasses.replace(facts, class_names=('Größe "1"', "back\\slash"))
     parsed = parsed_config(config_pbtxt(config, odd, version=1))
     found = {k: v.string_value for k, v in parsed.parameters.items()}
-    assert ModelMetadata.from_parameters(found).labels == odd.labels
+    assert ModelMetadata.from_parameters(found).class_names == odd.class_names
 
 
 def test_another_number_of_classes_breaks_the_contract(config):

@@ -74,7 +74,7 @@ def publish(
     onnx.save(model, folder / "model.onnx")
     parity = {"holds": True, "onnx_sha256": sha256_of(folder / "model.onnx")}
     (folder / "parity.json").write_text(json.dumps(parity))
-    (folder / "labels.txt").write_text("\n".join(facts.labels))
+    (folder / "labels.txt").write_text("\n".join(facts.class_names))
     config = RepositoryConfig(name=f"chestct_{variant}", max_batch_size=8)
     for path in (folder, folder.parent):
         (path / "config.pbtxt").write_text(config_pbtxt(config, facts, version=1))

@@ -55,7 +55,7 @@ def test_training_writes_model_facts_history_and_run(trained):
         "model.keras",
         "run.json",
     ]
-    assert facts.labels == (
+    assert facts.class_names == (
         "adenocarcinoma",
         "large.cell.carcinoma",
         "normal",
@@ -256,7 +256,7 @@ def test_direct_input_is_augmented_anew_in_each_epoch(scan_batch):
 def test_direct_training_runs(phantoms, tmp_path):
     config = small(phantoms, tmp_path / "train", epochs=1, frozen_layers="direct", batch_size=10)
     fit(config)
-    assert load_trained(config.output)[1].labels
+    assert load_trained(config.output)[1].class_names
 
 
 def test_mixed_precision_twin_computes_in_float16_and_keeps_float32_outputs():

@@ -625,7 +625,7 @@ def _outputs(
     stack: contextlib.ExitStack,
 ) -> list[Output]:
     """Everything that is written to; the records come last, see `chestct.results.writers`."""
-    labels = fleet.metadata.labels
+    labels = fleet.metadata.class_names
     outputs: list[Output] = []
     if arguments.overlays is not None or arguments.html is not None:
         from chestct.results.overlays import HtmlReport, OverlayPngs
@@ -674,7 +674,7 @@ class _Run:
         self._stream = stream
         self.finished = finished
         self._has_series = not arguments.no_series
-        self._table = None if arguments.json else _Table(fleet.metadata.labels, stream)
+        self._table = None if arguments.json else _Table(fleet.metadata.class_names, stream)
         self.tally = stack.enter_context(
             _Tally(fleet, arguments.paths, has_table=self._table is not None)
         )

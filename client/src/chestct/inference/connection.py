@@ -265,7 +265,7 @@ def _served_model(
         differences.append(str(error))
     # Without labels the server's own number of classes lets the rest be compared all the same.
     shapes = {spec.name: spec.shape for spec in outputs}
-    num_classes = len(facts.labels) if facts else (shapes.get("probabilities") or (-1,))[-1]
+    num_classes = len(facts.class_names) if facts else (shapes.get("probabilities") or (-1,))[-1]
     differences += tensor_differences("input", [input_spec()], inputs)
     differences += tensor_differences("output", output_specs(num_classes), outputs)
     max_batch_size = int(config.get("max_batch_size", 0))

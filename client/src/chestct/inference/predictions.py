@@ -29,7 +29,7 @@ class Predictions:
     """The model's outputs for N scans.
 
     Attributes:
-        probabilities: float32 (N, C), rows sum to 1, columns in the order of `metadata.labels`.
+        probabilities: float32 (N, C), rows sum to 1, columns as in `metadata.class_names`.
         activation_map: float32 (N, 14, 14, C), class evidence at each place; None if not asked for.
         domain_distance: float32 (N,), how far from the training scans.
         metadata: Labels, window, training run and so on of the model that answered.
@@ -47,7 +47,7 @@ class Predictions:
     @property
     def predicted_labels(self) -> list[str]:
         """The most probable label of each scan."""
-        return [self.metadata.labels[index] for index in self.probabilities.argmax(axis=1)]
+        return [self.metadata.class_names[index] for index in self.probabilities.argmax(axis=1)]
 
     @property
     def in_domain(self) -> npt.NDArray[np.bool_]:

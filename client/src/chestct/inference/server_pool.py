@@ -393,7 +393,9 @@ class ServerPool:
         if not _same_task(served.metadata, call.expected):
             raise self._exchanged(connection.url, served.metadata, call.expected)
         try:
-            arrays = output_arrays(answer.tensors, names, len(scans), len(served.metadata.labels))
+            arrays = output_arrays(
+                answer.tensors, names, len(scans), len(served.metadata.class_names)
+            )
         except InferenceError as error:
             raise InferenceError(f"{connection.url}: {error}", connection.url) from error
         with self._changed:
@@ -478,7 +480,7 @@ class ServerPool:
                 limit_s = min(self.timeout_s, LONGEST_PROBE_S)
                 served = connection.wait_for_model(limit_s, limit_s)
                 answer = connection.infer(Request(synthetic_scan(), WITHOUT_MAP), limit_s)
-                output_arrays(answer.tensors, WITHOUT_MAP, 1, len(served.metadata.labels))
+                output_arrays(answer.tensors, WITHOUT_MAP, 1, len(served.metadata.class_names))
                 if self.healthy_urls:
                     self._compare(connection.url, served.metadata)
                 elif not _same_task(served.metadata, self.metadata):
@@ -520,8 +522,8 @@ class ServerPool:
     ) -> ModelExchangedError:
         return ModelExchangedError(
             f"{url}: model {self.model!r} was exchanged for one with labels "
-            f"{', '.join(found.labels)} and window {found.window}, expected "
-            f"{', '.join(expected.labels)} and {expected.window}. Connect again.",
+            f"{', '.join(found.class_names)} and window {found.window}, expected "
+            f"{', '.join(expected.class_names)} and {expected.window}. Connect again.",
             url,
         )
 
@@ -546,7 +548,7 @@ def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> Fu
 
 def _same_task(one: ModelMetadata, other: ModelMetadata) -> bool:
     """Whether two models take the same scans and give the same classes."""
-    return (one.labels, one.window) == (other.labels, other.window)
+    return (one.class_names, one.window) == (other.class_names, other.window)
 
 
 def _differences(found: ModelMetadata, expected: ModelMetadata) -> str:

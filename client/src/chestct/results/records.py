@@ -153,7 +153,9 @@ def result_line(
         "label": predictions.predicted_labels[index],
         "probabilities": {
             label: _shortest(value)
-            for label, value in zip(facts.labels, predictions.probabilities[index], strict=True)
+            for label, value in zip(
+                facts.class_names, predictions.probabilities[index], strict=True
+            )
         },
         "in_domain": not why_not,
         **({"reasons": why_not} if why_not else {}),

@@ -162,7 +162,7 @@ class _Service:
                 "version": version,
                 "run": facts.run,
                 "precision": facts.precision,
-                "labels": list(facts.labels),
+                "labels": list(facts.class_names),
                 "window": {
                     "center_hu": facts.window.center_hu,
                     "width_hu": facts.window.width_hu,
@@ -304,7 +304,7 @@ def _view(found: Decoded, picture: Picture, predictions: Predictions) -> dict[st
         maps = predictions.activation_map[0].transpose(2, 0, 1)
         evidence = {
             label: [[round(float(value), 3) for value in row] for row in places]
-            for label, places in zip(predictions.metadata.labels, maps, strict=True)
+            for label, places in zip(predictions.metadata.class_names, maps, strict=True)
         }
     return {
         "network": {
