@@ -22,7 +22,7 @@ class Counting:
         self._lock, self._all_here = threading.Lock(), threading.Barrier(concurrency, timeout=60)
         self.num_sent = self.in_flight = self.most_in_flight = 0
 
-    def classify(self, scans):
+    def infer(self, scans, with_map=False):
         with self._lock:
             self.num_sent += 1
             self.in_flight += 1
@@ -31,7 +31,7 @@ class Counting:
         if is_first:
             self._all_here.wait()
         try:
-            return self._client.infer(scans, with_map=True)
+            return self._client.infer(scans, with_map=with_map)
         finally:
             with self._lock:
                 self.in_flight -= 1
