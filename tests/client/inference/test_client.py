@@ -491,7 +491,6 @@ def test_large_answers_pass(kind: str, grpc_peer: Any, scans: np.ndarray) -> Non
         "127.0.0.1:8001",
         "localhost:8001",
         "ftp://host:1",
-        "grpc://host",
         "grpc://:8001",
         "grpc://host:8001/path",
         "grpc://host:many",
@@ -503,6 +502,20 @@ def test_large_answers_pass(kind: str, grpc_peer: Any, scans: np.ndarray) -> Non
 def test_address_of_another_form(url: str) -> None:
     with pytest.raises(ValueError, match="expected grpc://HOST:8001"):
         ScanClient(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("grpc://host", "host:8001"),
+        ("grpcs://[::1]", "[::1]:8001"),
+        ("http://host", "host:8000"),
+        ("https://host:443/triton/", "host:443/triton"),
+        ("grpc://host:0", "host:0"),
+    ],
+)
+def test_missing_port_is_that_of_triton(url: str, address: str) -> None:
+    assert connection._parse_url(url)[2] == address
 
 
 @pytest.mark.parametrize(
