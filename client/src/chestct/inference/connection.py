@@ -202,20 +202,25 @@ class Connection:
 
 
 def _parse_url(url: str) -> tuple[bool, bool, str]:
-    """Whether it is gRPC, whether it is TLS, and host, port and path."""
+    """Whether it is gRPC, whether it is TLS, and host, port and path.
+
+    A missing port is 8001 for gRPC and 8000 for HTTP.
+    """
     parts = urlsplit(url)
     wanted = "expected grpc://HOST:8001, grpcs://, http://HOST:8000 or https://"
+    is_grpc = parts.scheme.startswith("grpc")
     try:
-        is_complete = bool(parts.hostname) and parts.port is not None and parts.username is None
+        has_port = parts.port is not None
+        is_complete = bool(parts.hostname) and parts.username is None
     except ValueError:
         is_complete = False
     if parts.scheme not in ("grpc", "grpcs", "http", "https") or not is_complete:
-        raise ValueError(f"address {url!r}: {wanted}, with a port")
-    is_grpc = parts.scheme.startswith("grpc")
+        raise ValueError(f"address {url!r}: {wanted}")
     path = parts.path.rstrip("/")
     if parts.query or parts.fragment or (is_grpc and path):
         raise ValueError(f"address {url!r}: {wanted}, with nothing after the port")
-    return is_grpc, parts.scheme.endswith("s"), parts.netloc + path
+    port = "" if has_port else ":8001" if is_grpc else ":8000"
+    return is_grpc, parts.scheme.endswith("s"), parts.netloc.rstrip(":") + port + path
 
 
 def _server_error(
