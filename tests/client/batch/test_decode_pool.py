@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -53,8 +54,14 @@ def pool() -> Iterator[DecodePool]:
 
 
 def children() -> set[int]:
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(child) for task in tasks for child in task.read_text().split()}
+    """The decoding processes of this one; other tests may have left servers running."""
+    found = set()
+    for task in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for child in task.read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                if b"decode_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.add(int(child))
+    return found
 
 
 def is_alive(pid: int) -> bool:
@@ -109,6 +116,16 @@ def test_slices_are_those_of_this_process(
 def test_one_slice_in_its_own_size(pool: DecodePool, good: Source, tmp_path: Path) -> None:
     grey = pool.load_grey(good, LUNG_WINDOW)
     np.testing.assert_array_equal(grey, load_grey(good, LUNG_WINDOW))
+    several, other = (dicom_from_phantom(make_phantom("normal", n, size=128)) for n in (1, 2))
+    several.NumberOfFrames = 3
+    several.PixelData = several.PixelData + other.PixelData + several.PixelData
+    several.save_as(tmp_path / "several.dcm", enforce_file_format=True)
+    source = Source(tmp_path / "several.dcm")
+    frames = [pool.load_grey(source, LUNG_WINDOW, frame=number) for number in (1, 2, 3)]
+    np.testing.assert_array_equal(frames[0], frames[2])
+    np.testing.assert_array_equal(frames[0], grey)
+    np.testing.assert_array_equal(frames[1], load_grey(source, LUNG_WINDOW, frame=2))
+    assert (frames[0] != frames[1]).any()
     with pytest.raises(ScanDecodeError, match="no such file"):
         pool.load_grey(Source(tmp_path / "none"), LUNG_WINDOW)
     with pytest.raises(DecoderCrashedError, match="SIGABRT"):

@@ -408,6 +408,7 @@ def nothing() -> None:
 def test_series_is_classified_from_its_files(grpc_peer, files):
     with ScanClient(grpc_peer.url) as client:
         reports = classify_series(client, files, checkpoint=nothing)
+        assert sum(count for count, _ in grpc_peer.model.requests) == len(files)  # each once
         numbers_alone = classify_series(client, files, checkpoint=nothing, with_capture=False)
     assert set(reports) == {"sr", "sc"}
     assert set(numbers_alone) == {"sr"}

@@ -327,7 +327,7 @@ def test_workers_that_die_or_hang_cost_one_file(make_page, files):
 
 def test_a_slice_that_needs_too_much_memory_leaves_the_rest_of_the_archive(make_page, files):
     """More than a worker has, between two good ones."""
-    page = make_page(settings="worker_memory_bytes=288 * 2**20")
+    page = make_page(settings="worker_memory_bytes=256 * 2**20")
     wait_for_model(page)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
