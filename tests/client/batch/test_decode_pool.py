@@ -53,15 +53,25 @@ def pool() -> Iterator[DecodePool]:
         yield running
 
 
+_of_other_tests: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _own_children() -> None:
+    """Pages of other tests may run in this process, with decoders of their own."""
+    _of_other_tests.clear()
+    _of_other_tests.update(children())
+
+
 def children() -> set[int]:
-    """The decoding processes of this one; other tests may have left servers running."""
+    """The decoding processes of this test."""
     found = set()
     for task in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for child in task.read_text().split():
             with contextlib.suppress(FileNotFoundError):
                 if b"decode_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.add(int(child))
-    return found
+    return found - _of_other_tests
 
 
 def is_alive(pid: int) -> bool:
@@ -273,7 +283,6 @@ def test_pool_recovers_when_processes_could_not_be_started(
     good: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chestct.batch.decode_pool.START_PAUSES_S", (0.01,))
-    before = children()
     with DecodePool(2, num_in_threads=0) as pool:
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", str(tmp_path / "none"))
@@ -281,7 +290,7 @@ def test_pool_recovers_when_processes_could_not_be_started(
             assert all("could not be started: No such file" in str(failed(each)) for each in calls)
         calls = [pool.submit(good, LUNG_WINDOW) for _ in range(6)]
         assert [decoded(call).pixels.max() > 0 for call in calls] == [True] * 6
-        assert len(children() - before) == 2
+        assert len(children()) == 2
 
 
 def test_killed_idle_processes_cost_nothing(pool: DecodePool, good: Source) -> None:
@@ -299,10 +308,9 @@ def test_from_an_event_loop(good: Source) -> None:
     task = {"name": "sent.dcm", "window": [-600, 1500], "side": 32, "first": 0}
 
     async def run() -> None:
-        before = children()
-        pool = DecodePool(2)
+            pool = DecodePool(2)
         await pool.fill()
-        assert len(children() - before) == 2
+        assert len(children()) == 2
         for _ in range(3):
             (found,) = [each async for each in pool.answers(task, data)]
             assert found.picture is not None
