@@ -22,7 +22,7 @@ from chestct.batch.decode_pool import DecodePool
 from chestct.batch.pipeline import classify_sources
 from chestct.imaging.prepare import Scan
 from chestct.imaging.sources import Source
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
 from chestct.results.records import json_text
 from serving.local import LocalTriton
 
@@ -77,7 +77,7 @@ def near_limits(
                 server = stack.enter_context(LocalTriton(folder, ready_timeout_s=300))
             stack.enter_context(_only_on(of_client))
             for name, layout in tqdm(layouts.items(), f"batches, {place}", disable=None):
-                with Fleet([server.grpc_url], layout.model) as fleet:
+                with ServerPool([server.grpc_url], layout.model) as fleet:
                     turns = _turns(
                         fleet, [Source(path) for path in paths], batch_size, passes, seconds
                     )
@@ -97,10 +97,10 @@ def _only_on(allowed: Set[int]) -> Iterator[None]:
 
 
 def _turns(
-    fleet: Fleet, sources: list[Source], batch_size: int, passes: int, seconds: float
+    fleet: ServerPool, sources: list[Source], batch_size: int, passes: int, seconds: float
 ) -> list[dict[str, float]]:
     """For each turn, scans a second of decoding, of the server, and of a batch that does both."""
-    window = fleet.facts.window
+    window = fleet.metadata.window
     with DecodePool(num_in_threads=0) as workers:
 
         def decode() -> list[Any]:

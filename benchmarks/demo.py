@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from benchmarks.environment import describe_environment
 from benchmarks.variants import describe_interval
+from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME, NOT_A_MEDICAL_DEVICE
-from chestct.inference.client import ScanClient
 from export.check.parity import ParityReport, Tolerance, compare
 from export.check.runners import Outputs, Runner, keras_runner, triton_runner
 from serving.local import LocalTriton, LocalTritonError
@@ -140,7 +140,7 @@ def serve_and_classify(scans: Path) -> Served:
         pixels = load_pixels(chosen, "decode for Keras", facts.window)
         reference = ("keras", remembered(keras_runner(model)))
         with ScanClient(server.grpc_url) as client:
-            precision = client.facts.precision
+            precision = client.metadata.precision
             name = f"triton {MODEL_NAME} over gRPC"
             limits = Tolerance() if precision == "fp32" else ANY
             promoted = compare(pixels, reference, (name, triton_runner(client)), limits)
@@ -149,7 +149,7 @@ def serve_and_classify(scans: Path) -> Served:
             with ScanClient(server.grpc_url, EXACT) as client:
                 name = f"triton {EXACT} over gRPC"
                 exact = compare(pixels, reference, (name, triton_runner(client)), Tolerance())
-    return Served(over_grpc, over_http, precision, exact, promoted, facts.labels)
+    return Served(over_grpc, over_http, precision, exact, promoted, facts.class_names)
 
 
 def describe_served(served: Served, scans: Path) -> list[str]:

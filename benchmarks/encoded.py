@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.variants import median_interval
+from chestct.client import ScanClient
 from chestct.imaging.prepare import inspect_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
 from export.publish.settings import ENCODED
 from export.publish.versions import served_version
 from serving.local import LocalTriton
@@ -63,7 +63,7 @@ def compare_encoded(
     ):
 
         def here(path: Path) -> None:
-            client.classify(inspect_scan(path, client.facts.window).pixels[np.newaxis], False)
+            client.infer(inspect_scan(path, client.metadata.window).pixels[np.newaxis])
 
         def there(path: Path) -> None:
             tensor = tritonclient.grpc.InferInput("file", [1, 1], "BYTES")

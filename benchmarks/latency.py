@@ -30,9 +30,9 @@ from benchmarks.variants import (
     read_curve,
     scores_of,
 )
+from chestct.client import ScanClient
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
 from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import replaced, write_json
@@ -44,7 +44,7 @@ from training.network.vgg16 import load_trained
 logger = logging.getLogger(__name__)
 
 FILE_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # DICOM files need no suffix
-PROTOCOLS = ("triton_grpc", "triton_http", "triton_grpc_shm")
+PROTOCOLS = ("triton_grpc", "triton_http")
 
 
 @config_class
@@ -167,7 +167,7 @@ def _has_bfloat16() -> bool:
 def _over_the_wire(
     config: LatencyConfig, served: list[Variant], server: LocalTriton, stack: ExitStack
 ) -> Iterator[Subject]:
-    """Each served variant over gRPC, HTTP and gRPC with shared memory.
+    """Each served variant over gRPC and HTTP.
 
     Raises:
         ValueError: A batch size is more than a model takes.
@@ -182,7 +182,6 @@ def _over_the_wire(
         clients = (
             ScanClient(server.grpc_url, name),
             ScanClient(server.http_url, name),
-            ScanClient(server.grpc_url, name, shared_memory="on"),
         )
         for protocol, client in zip(PROTOCOLS, clients, strict=True):
             infer = predictions_of(stack.enter_context(client))

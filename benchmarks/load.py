@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.engines import Infer, Scans
 from benchmarks.layouts import Layout
 from benchmarks.server import statistics_of
-from chestct.inference.client import ScanClient
+from chestct.client import ScanClient
 
 
 @dataclass
@@ -82,7 +82,7 @@ def load(
         try:
             while not stop.is_set():
                 started = time.perf_counter()
-                client.classify(scans[place % len(scans)][np.newaxis])
+                client.infer(scans[place % len(scans)][np.newaxis], with_map=True)
                 ended = time.perf_counter()
                 answered.append((ended, 1000 * (ended - started)))
                 place += concurrency

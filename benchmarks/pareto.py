@@ -42,8 +42,8 @@ def write_plot(path: Path, result: dict[str, Any]) -> None:
 def draw(result: dict[str, Any]) -> tuple[Figure, list[Annotation]]:
     """The figure, and the labels of the compression curve, none of which covers another one.
 
-    One mark for each engine and variant at batch 1, with the 95 % interval of its AUROC; HTTP and
-    shared memory are left out, being the same engine by other ways. The line joins the marks that
+    One mark for each engine and variant at batch 1, with the 95 % interval of its AUROC; other
+    protocols are left out, being the same engine by other ways. The line joins the marks that
     no other one beats in both. `result["curve"]` holds the points of `export compress`.
     """
     from matplotlib.figure import Figure

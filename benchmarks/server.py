@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.engines import Infer
+from chestct.client import ScanClient
 from chestct.contract import SCAN_SHAPE
-from chestct.inference.client import ScanClient
 from serving.local import LocalTriton
 
 COUNTED_WITHIN_S = 5.0
@@ -17,7 +17,7 @@ COUNTED_WITHIN_S = 5.0
 
 def predictions_of(client: ScanClient) -> Infer:
     """A function from scans, uint8 (N, 224, 224, 1), to the outputs of a served model, by name."""
-    return lambda scans: vars(client.classify(scans))
+    return lambda scans: vars(client.infer(scans, with_map=True))
 
 
 def statistics_of(http_url: str, model: str) -> dict[str, int]:
@@ -84,7 +84,7 @@ def first_served_answer(repository: Path, model: str, batch: int) -> tuple[float
         LocalTriton(repository, models=(model,)) as server,
         ScanClient(server.grpc_url, model) as client,
     ):
-        client.classify(np.zeros((1, *SCAN_SHAPE), np.uint8))
+        client.infer(np.zeros((1, *SCAN_SHAPE), np.uint8), with_map=True)
         seconds = time.perf_counter() - started
-        client.classify(np.zeros((batch, *SCAN_SHAPE), np.uint8))
+        client.infer(np.zeros((batch, *SCAN_SHAPE), np.uint8), with_map=True)
         return seconds, server.peak_memory_mb()

@@ -26,11 +26,10 @@ from benchmarks.perf_analyzer import find_perf_analyzer, perf_analyzer_rows
 from benchmarks.reports import throughput_report
 from benchmarks.server import predictions_of
 from benchmarks.variants import SCORES, MeasuredConfig, Variant, find_variants, scores_of
-from chestct.batch.pipeline import classify_paths
-from chestct.contract import ModelFacts
+from chestct.client import ScanClient
+from chestct.contract import ModelMetadata
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
 from chestct.results.records import json_text
 from export.check.parity import spread_scans
 from serving.local import LocalTriton, LocalTritonError
@@ -111,7 +110,9 @@ def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[s
             layout: stack.enter_context(ScanClient(server.grpc_url, layout.model))
             for layout in layouts
         }
-        alone_s = {layout: seconds_of(client.classify, scans) for layout, client in clients.items()}
+        alone_s = {
+            layout: seconds_of(predictions_of(client), scans) for layout, client in clients.items()
+        }
         cells = {(layout, number): Cell() for layout in layouts for number in config.concurrency}
         order = random.Random(config.seed)
         plan = [key for _ in range(config.passes) for key in order.sample(list(cells), len(cells))]
@@ -132,13 +133,13 @@ def under_load(config: ThroughputConfig, variants: list[Variant]) -> list[dict[s
 def from_files(
     config: ThroughputConfig,
     variants: list[Variant],
-    facts: ModelFacts,
+    facts: ModelMetadata,
     paths: list[Path],
     grpc_url: str,
 ) -> dict[str, Any]:
     """Scans a second from files to JSON lines, for each baseline and each served variant, scored.
 
-    The variants go the way of `chestct classify`: `classify_paths` decodes ahead and sends
+    The variants go the way of `chestct classify`: `classify_many` decodes ahead and sends
     batches, `json_text` writes a line. The baselines are plain loops: load a file by the
     same fast `load_scan`, ask the model, write a line.
 
@@ -181,13 +182,13 @@ def from_files(
     }
 
 
-def _loop(infer: Infer, facts: ModelFacts) -> Way:
+def _loop(infer: Infer, facts: ModelMetadata) -> Way:
     def way(paths: list[Path], output: Path) -> None:
         with output.open("w") as file:
             for path in paths:
                 answer = infer(load_scan(path, facts.window)[np.newaxis])
                 values = (float(value) for value in answer["probabilities"][0])
-                probabilities = dict(zip(facts.labels, values, strict=True))
+                probabilities = dict(zip(facts.class_names, values, strict=True))
                 file.write(json_text({"path": str(path), "probabilities": probabilities}))
 
     return way
@@ -196,7 +197,7 @@ def _loop(infer: Infer, facts: ModelFacts) -> Way:
 def _classify(client: ScanClient, batch_size: int) -> Way:
     def way(paths: list[Path], output: Path) -> None:
         with output.open("w") as file:
-            for line in classify_paths(client, paths, batch_size):
+            for line in client.classify_many(paths, batch_size=batch_size):
                 file.write(json_text(line))
 
     return way

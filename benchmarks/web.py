@@ -25,9 +25,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.environment import environment
+from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME
 from chestct.imaging.prepare import inspect_scan
-from chestct.inference.client import ScanClient
 from serving.local import LocalTriton, LocalTritonError
 from training.common.atomic_io import write_json
 from training.common.cli import run_command
@@ -82,7 +82,7 @@ def measure(
             logger.info("%s: %s", kind, rows[kind])
         concurrent = _concurrent(url, paths[0].read_bytes(), uploads)
         logger.info("%s", concurrent)
-        window = client.facts.window
+        window = client.metadata.window
     contents = [(files("chestct.web") / "static" / name).read_bytes() for name in FIRST_VIEW]
     return {
         "goal": f"{GOAL_FACTOR} times the bare client plus {GOAL_MS:g} ms",
@@ -183,8 +183,8 @@ def _one_scan(client: ScanClient, url: str, browser: Any, paths: list[Path]) -> 
     with closing(_connection(url)) as connection:
         for path in paths:
             start = time.perf_counter()
-            scan = inspect_scan(path, client.facts.window)
-            expected = client.classify(scan.pixels[None]).labels[0]
+            scan = inspect_scan(path, client.metadata.window)
+            expected = client.infer(scan.pixels[None]).predicted_labels[0]
             times["client"].append(1000 * (time.perf_counter() - start))
             start = time.perf_counter()
             status, content = _post(connection, path.name, path.read_bytes())

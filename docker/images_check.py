@@ -257,7 +257,7 @@ def write_small_repository(folder: Path) -> Path:
     """
     import onnx
 
-    from chestct.contract import LUNG_WINDOW, ModelFacts
+    from chestct.contract import LUNG_WINDOW, ModelMetadata
     from export.publish.repository import publish_variants
     from export.publish.settings import ServeConfig, VariantConfig
     from training.common.atomic_io import sha256_of
@@ -266,7 +266,7 @@ def write_small_repository(folder: Path) -> Path:
     source = folder / "export"
     source.mkdir(parents=True)
     onnx.save(small_network(len(LABELS)), source / "model.onnx")
-    facts = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1e6, "images-check", "ab" * 32)
+    facts = ModelMetadata(LABELS, LUNG_WINDOW, 1.0, 1e6, "images-check", "ab" * 32)
     (source / "facts.json").write_text(json.dumps(facts.to_parameters()))
     report = {"holds": True, "onnx_sha256": sha256_of(source / "model.onnx")}
     (source / "parity.json").write_text(json.dumps(report))

@@ -15,11 +15,11 @@ import pytest
 from google.protobuf import text_format
 from PIL import Image, ImageOps
 
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.client import AsyncScanClient, ScanClient
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ContractError, ServerUnavailableError
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import AsyncScanClient, ScanClient
 from export.check.parity import Tolerance, compare
 from export.check.runners import keras_runner, triton_runner
 from export.publish.config_pbtxt import parsed_config
@@ -78,7 +78,7 @@ def test_served_model_answers_as_the_trained_one(triton, trained, scan_batch, pr
 def test_client_reads_the_facts_from_the_server(triton, trained):
     stored = json.loads((trained.model / "facts.json").read_text())
     with ScanClient(triton.grpc_url) as client:
-        assert client.facts == ModelFacts.from_parameters(stored)
+        assert client.metadata == ModelMetadata.from_parameters(stored)
         assert client.model_version == "1"
         assert client.max_batch_size == 32
 
@@ -86,8 +86,8 @@ def test_client_reads_the_facts_from_the_server(triton, trained):
 def test_more_scans_than_a_batch_holds_come_back_in_order(triton, scan_batch):
     many = np.concatenate([scan_batch] * 3)
     with ScanClient(triton.grpc_url) as client:
-        single = client.classify(scan_batch)
-        got = client.classify(many)
+        single = client.infer(scan_batch, with_map=True)
+        got = client.infer(many, with_map=True)
     assert got.probabilities.shape == (36, 4)
     np.testing.assert_allclose(got.probabilities, np.tile(single.probabilities, (3, 1)), atol=1e-5)
 
@@ -96,12 +96,12 @@ def test_asyncio_client_gives_the_same_answers(triton, scan_batch):
     async def classify() -> np.ndarray:
         async with AsyncScanClient(triton.grpc_url) as client:
             answers = await asyncio.gather(
-                *(client.classify(scan_batch[i : i + 3]) for i in (0, 3))
+                *(client.infer(scan_batch[i : i + 3], with_map=True) for i in (0, 3))
             )
         return np.concatenate([answer.probabilities for answer in answers])
 
     with ScanClient(triton.http_url) as client:
-        expected = client.classify(scan_batch[:6]).probabilities
+        expected = client.infer(scan_batch[:6]).probabilities
     np.testing.assert_allclose(asyncio.run(classify()), expected, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_directory_with_bad_files_is_classified_to_the_end(triton, trained, tmp_
     model, facts = load_trained(trained.model)
     expected = model.predict_on_batch(np.stack([load_scan(Path(path)) for path in good]))
     for row, line in zip(expected["probabilities"], good.values(), strict=True):
-        assert list(line["probabilities"]) == list(facts.labels)
+        assert list(line["probabilities"]) == list(facts.class_names)
         np.testing.assert_allclose(list(line["probabilities"].values()), row, atol=1e-5)
         assert line["model"] == {"name": "chestct", "version": "1", "run": facts.run}
         assert set(line["ms"]) == {"decode", "infer"}
@@ -204,7 +204,7 @@ def test_killed_backend_is_noticed_and_the_next_answer_is_right(repository, trit
                 os.kill(stub, signal.SIGKILL)
             until(lambda: server.pid != before, "the restart")
             with ScanClient(server.grpc_url, connect_timeout_s=60) as client:
-                assert client.classify(np.zeros((1, 224, 224, 1), np.uint8)).labels
+                assert client.infer(np.zeros((1, 224, 224, 1), np.uint8)).predicted_labels
         finally:
             stop.set()
             watcher.join(timeout=60)

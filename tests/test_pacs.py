@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -17,16 +16,17 @@ from typing import Any
 import highdicom
 import numpy as np
 import pytest
-from pydicom import Dataset, dcmread
+from pydicom import dcmread
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.client import ScanClient
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from chestct.imaging.prepare import inspect_scan
-from chestct.inference.client import ScanClient
 from chestct.pacs.reports import classify_series
 from chestct.results.records import result_line
 from chestct.results.series import SeriesSlice, series_record
 from serving.local import LocalTriton
 from tests.support.dcmtk import StoreScp, program
+from tests.support.orthanc import Orthanc
 from tests.support.ports import free_port
 from tests.support.triton import LABELS, config_parameters, serve
 from tests.support.waiting import until
@@ -34,7 +34,7 @@ from training.data.phantom import dicom_from_phantom, make_phantom
 
 pytestmark = pytest.mark.server
 CHESTCT = Path(sys.executable).with_name("chestct")
-FACTS = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(LABELS, LUNG_WINDOW, 1.0, 1000.0, "run-7", "ab" * 32)
 SECRETS = ("SECRET", "1.2.826.0.1.88")
 NUM_SLICES = 6
 # A sender that stalls never splits its series.
@@ -130,60 +130,6 @@ def start_node(tmp_path) -> Iterator[Callable[..., Node]]:
             node.stop(signal.SIGKILL)
 
 
-class Orthanc:
-    """A real PACS on this machine, reached by its REST interface."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self.dicom_port, self.http_port = free_port(), free_port()
-        config = {
-            "Name": "test", "DicomAet": "ORTHANC", "DicomPort": self.dicom_port,
-            "HttpPort": self.http_port, "RemoteAccessAllowed": False, "DicomCheckCalledAet": True,
-            "AuthenticationEnabled": False, "Plugins": [], "DicomAlwaysAllowStore": True,
-            "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"),
-            "HttpsCACertificates": "", "StableAge": 1, "DicomAssociationCloseDelay": 0,
-        }  # fmt: skip
-        (folder / "orthanc.json").write_text(json.dumps(config))
-        self._log = (folder / "orthanc.log").open("wb")
-        self._process = subprocess.Popen(
-            [program("Orthanc"), folder / "orthanc.json"], stdout=self._log, stderr=self._log
-        )
-        until(self._is_up)
-
-    def _is_up(self) -> bool:
-        assert self._process.poll() is None, "Orthanc ended"
-        try:
-            return bool(self.get("/system"))
-        except OSError:
-            return False
-
-    def call(self, path: str, data: bytes | None = None, method: str | None = None) -> bytes:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.http_port}{path}", data=data, method=method
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
-
-    def get(self, path: str) -> Any:
-        return json.loads(self.call(path))
-
-    def post(self, path: str, data: bytes) -> Any:
-        return json.loads(self.call(path, data))
-
-    def instances(self, modality: str) -> list[Dataset]:
-        return [
-            dcmread(BytesIO(self.call(f"/instances/{instance}/file")))
-            for series in self.get("/series?expand")
-            if series["MainDicomTags"]["Modality"] == modality
-            for instance in series["Instances"]
-        ]
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=60)
-        self._log.close()
-
-
 @pytest.fixture
 def orthanc(tmp_path) -> Iterator[Orthanc]:
     server = Orthanc(tmp_path / "orthanc")
@@ -194,8 +140,8 @@ def orthanc(tmp_path) -> Iterator[Orthanc]:
 def expected_series(url: str, files: list[Path]) -> dict[str, Any]:
     """The record of a series by another way: file by file, in one request."""
     with ScanClient(url) as client:
-        scans = [inspect_scan(file, client.facts.window) for file in files]
-        answer = client.classify(np.stack([scan.pixels for scan in scans]))
+        scans = [inspect_scan(file, client.metadata.window) for file in files]
+        answer = client.infer(np.stack([scan.pixels for scan in scans]), with_map=True)
     lines = [
         result_line(str(file), answer, index, decode_ms=0, infer_ms=0, reasons=scan.reasons)
         for index, (file, scan) in enumerate(zip(files, scans, strict=True))

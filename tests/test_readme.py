@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
-from chestct.inference.client import Predictions
+from chestct.contract import LUNG_WINDOW, ModelMetadata
+from chestct.inference.predictions import Predictions
 from chestct.results.records import json_text, result_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def test_json_line_is_as_the_client_prints_it():
     """Made again from its own values: fields, their order and the numbers' form."""
     (shown,) = re.findall(r"```json\n(.*\n)```", README)
     line = json.loads(shown)
-    facts = ModelFacts(
+    facts = ModelMetadata(
         tuple(line["probabilities"]), LUNG_WINDOW, 1.0, 1e9, line["model"]["run"], "00" * 32
     )
     predictions = Predictions(

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LIMIT_S = 60.0
-FACTS = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
 # Stands for the client: a build backend that needs nothing, and can be told to take its time.
 BACKEND = """
 import os, time, zipfile

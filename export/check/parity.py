@@ -19,10 +19,10 @@ import numpy.typing as npt
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
-from chestct.contract import MODEL_NAME, OUTPUT_NAMES, ModelFacts
+from chestct.contract import MODEL_NAME, OUTPUT_NAMES, ModelMetadata
 from chestct.imaging.prepare import load_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
+from chestct.inference.server_pool import ServerPool
 from export.check.gate import Gate, GateReport, compare_by_labels
 from export.check.runners import (
     BATCH_SIZES,
@@ -262,7 +262,7 @@ def spread_scans(folder: Path, count: int) -> npt.NDArray[np.uint8]:
     return np.stack([load_scan(paths[index]) for index in evenly_spread(len(paths), count)])
 
 
-def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runner]) -> Verdict:
+def judge(config: ParityConfig, facts: ModelMetadata, candidates: Mapping[str, Runner]) -> Verdict:
     """Compare the runners of a variant, by name, with the reference that its precision asks for.
 
     Raises:
@@ -291,7 +291,7 @@ def judge(config: ParityConfig, facts: ModelFacts, candidates: Mapping[str, Runn
     )
 
 
-def _exported_model(config: ParityConfig, facts: ModelFacts) -> Path:
+def _exported_model(config: ParityConfig, facts: ModelMetadata) -> Path:
     """The folder of the trained model that the variant came from, which may be an older one."""
     folder = model_folder(config.model)
     if (folder / "facts.json").is_file() and facts_of(folder).run == facts.run:
@@ -329,9 +329,9 @@ def check_served(config: ParityConfig, url: str, model: str = MODEL_NAME) -> Ver
         ValueError: Reference or scans are missing.
         chestct.errors.ChestCTError: A scan cannot be read, or the server fails.
     """
-    with ScanClient(url, model) as client:
+    with ServerPool(url, model) as client:
         name = f"triton {model} version {client.model_version}"
-        return judge(config, client.facts, {name: triton_runner(client)})
+        return judge(config, client.metadata, {name: triton_runner(client)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from chestct.contract import INPUT_NAME, OUTPUT_NAMES
-from chestct.inference.client import ScanClient
+from chestct.inference.server_pool import ServerPool
 from export.check.variant import require_file
 
 BATCH_SIZES = (1, 8)  # two of them show that the batch axis is dynamic
@@ -81,11 +81,11 @@ ENGINES: dict[str, Callable[[Path], Runner]] = {
 }
 
 
-def triton_runner(client: ScanClient) -> Runner:
+def triton_runner(client: ServerPool) -> Runner:
     """Runs the model that a connected client talks to."""
 
     def infer(scans: npt.NDArray[np.uint8]) -> Outputs:
-        predictions = client.classify(scans)
+        predictions = client.infer(scans, with_map=True)
         return {
             "probabilities": predictions.probabilities,
             "activation_map": np.asarray(predictions.activation_map),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 
 
 def require_file(
@@ -22,7 +22,7 @@ def require_file(
         raise ValueError(f"{path}: no such file; {remedy}")
 
 
-def facts_of(variant: Path) -> ModelFacts:
+def facts_of(variant: Path) -> ModelMetadata:
     """The metadata that lies beside the model of a variant, in `facts.json`.
 
     Raises:
@@ -30,4 +30,4 @@ def facts_of(variant: Path) -> ModelFacts:
     """
     file = variant / "facts.json"
     require_file(file)
-    return ModelFacts.from_parameters(json.loads(file.read_text(encoding="utf-8")))
+    return ModelMetadata.from_parameters(json.loads(file.read_text(encoding="utf-8")))

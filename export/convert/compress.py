@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from export.check.gate import Figure, gate_figures
 from export.check.parity import ParityConfig, check_parity
 from export.check.runners import Outputs, Runner, onnx_runner, openvino_runner, run_all
@@ -63,7 +63,7 @@ class Candidate:
 
     name: str
     widths: tuple[int, ...]
-    facts: ModelFacts
+    facts: ModelMetadata
     onnx: Path
 
 

@@ -16,7 +16,7 @@ from chestct.contract import (
     NOT_A_MEDICAL_DEVICE,
     OUTPUT_NAMES,
     SCAN_SHAPE,
-    ModelFacts,
+    ModelMetadata,
     TensorSpec,
     input_spec,
     output_specs,
@@ -54,7 +54,7 @@ class OnnxConfig:
     opset: PositiveInt = 18
 
 
-def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> onnx.ModelProto:
+def onnx_from_keras(model: keras.Model, facts: ModelMetadata, opset: int = 18) -> onnx.ModelProto:
     """An ONNX model with a dynamic batch axis, checked, with `facts` among its metadata.
 
     Input and outputs carry the names, dtypes and shapes of `chestct.contract`.
@@ -83,7 +83,7 @@ def onnx_from_keras(model: keras.Model, facts: ModelFacts, opset: int = 18) -> o
     return converted
 
 
-def set_facts(model: onnx.ModelProto, facts: ModelFacts) -> None:
+def set_facts(model: onnx.ModelProto, facts: ModelMetadata) -> None:
     """Make `facts` the metadata of a model, in place of any before, and hold it to the contract.
 
     Raises:
@@ -93,7 +93,7 @@ def set_facts(model: onnx.ModelProto, facts: ModelFacts) -> None:
 
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts.to_parameters() | {"notice": NOT_A_MEDICAL_DEVICE})
-    differences = contract_differences(model, len(facts.labels))
+    differences = contract_differences(model, len(facts.class_names))
     if differences:
         raise ValueError(f"the graph differs from the contract: {'; '.join(differences)}")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import PositiveInt
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from export.check.variant import facts_of, require_file
 from export.convert.int8 import Scans, quantized
 from export.convert.onnx import set_facts
@@ -60,8 +60,8 @@ def calibration_scans(train: ScanSet, count: int) -> ScanSet:
 
 
 def int8_form(
-    model: onnx.ModelProto, facts: ModelFacts, scans: Scans
-) -> tuple[onnx.ModelProto, ModelFacts]:
+    model: onnx.ModelProto, facts: ModelMetadata, scans: Scans
+) -> tuple[onnx.ModelProto, ModelMetadata]:
     """The `quantized` form of a model and its facts, which are its metadata too.
 
     Args:

@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chestct.contract import MODEL_NAME
-from chestct.inference.client import ScanClient, TLSOptions
+from chestct.inference.server_pool import ServerPool
+from chestct.inference.wires import TLSOptions
 
 ADMIN_KEY = "CHESTCT_ADMIN_KEY"  # environment variable; never an argument, which `ps` shows
 SETTLE_S = 30.0
@@ -35,9 +36,9 @@ class TritonAdmin:
         self.url, self._tls, self._timeout_s = url.rstrip("/"), tls, timeout_s
         self._headers = {"admin-key": admin_key}
 
-    def session(self, model: str = MODEL_NAME) -> ScanClient:
+    def session(self, model: str = MODEL_NAME) -> ServerPool:
         """A session with a model, not connected yet."""
-        return ScanClient(self.url, model, tls=self._tls, connect_timeout_s=SETTLE_S)
+        return ServerPool(self.url, model, tls=self._tls, connect_timeout_s=SETTLE_S)
 
     def load(self, model: str) -> None:
         """Load or reload a model from the repository; returns when it is ready.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chestct.contract import INPUT_NAME, MODEL_NAME, ModelFacts, input_spec, output_specs
+from chestct.contract import INPUT_NAME, MODEL_NAME, ModelMetadata, input_spec, output_specs
 from export.convert.engine import profile_shape
 from export.publish.settings import DECODE, ENCODED, GPU_ENGINES, RepositoryConfig
 
@@ -14,7 +14,7 @@ PRECISION_MODES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
 
 
 def config_pbtxt(
-    config: RepositoryConfig, facts: ModelFacts, *, version: int, onnx_sha256: str = ""
+    config: RepositoryConfig, facts: ModelMetadata, *, version: int, onnx_sha256: str = ""
 ) -> str:
     """The text of `config.pbtxt`: tensors from the contract, parameters from the metadata.
 
@@ -69,7 +69,9 @@ def config_pbtxt(
     return config_text(_message(settings))
 
 
-def _optimization(config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str) -> dict[str, Any]:
+def _optimization(
+    config: RepositoryConfig, facts: ModelMetadata, onnx_sha256: str
+) -> dict[str, Any]:
     if config.engine == "openvino":
         accelerators: dict[str, Any] = {"cpu_execution_accelerator": [{"name": "openvino"}]}
     elif config.engine == "onnxruntime-cuda":
@@ -92,7 +94,7 @@ def _optimization(config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str)
 
 
 def tensorrt_parameters(
-    config: RepositoryConfig, facts: ModelFacts, onnx_sha256: str
+    config: RepositoryConfig, facts: ModelMetadata, onnx_sha256: str
 ) -> dict[str, str]:
     """Parameters of the native backend's TensorRT accelerator, by its own names.
 
@@ -134,7 +136,7 @@ def encoded_configs(model: Any) -> tuple[Any, Any]:
     answers = _outputs(facts)
     extras = [
         {"name": "reasons", "data_type": "TYPE_STRING", "dims": [1]},
-        {"name": "labels", "data_type": "TYPE_STRING", "dims": [len(facts.labels)]},
+        {"name": "labels", "data_type": "TYPE_STRING", "dims": [len(facts.class_names)]},
         {"name": "domain_threshold", "data_type": "TYPE_FP32", "dims": [1]},
         {"name": "notice", "data_type": "TYPE_STRING", "dims": [1]},
     ]
@@ -198,9 +200,9 @@ def config_text(message: Any, version: int | None = None) -> str:
     return text
 
 
-def facts_of_config(message: Any) -> ModelFacts:
+def facts_of_config(message: Any) -> ModelMetadata:
     """The metadata among the parameters of a `ModelConfig`."""
-    return ModelFacts.from_parameters(
+    return ModelMetadata.from_parameters(
         {key: value.string_value for key, value in message.parameters.items()}
     )
 
@@ -228,10 +230,10 @@ def _scan() -> dict[str, Any]:
     return {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": spec.shape[1:]}
 
 
-def _outputs(facts: ModelFacts) -> list[dict[str, Any]]:
+def _outputs(facts: ModelMetadata) -> list[dict[str, Any]]:
     return [
         {"name": spec.name, "data_type": f"TYPE_{spec.dtype}", "dims": spec.shape[1:]}
-        for spec in output_specs(len(facts.labels))
+        for spec in output_specs(len(facts.class_names))
     ]
 
 

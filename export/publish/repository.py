@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chestct.contract import MODEL_NAME, ModelFacts
+from chestct.contract import MODEL_NAME, ModelMetadata
 from export.check.variant import facts_of, require_file
 from export.convert.engine import read_record
 from export.convert.onnx import contract_differences
@@ -87,7 +87,7 @@ def write_repository(config: RepositoryConfig) -> int:
         )
     facts = facts_of(config.model)
     facts = dataclasses.replace(facts, card=_card_of(config, facts))
-    differences = contract_differences(onnx.load(config.onnx), len(facts.labels))
+    differences = contract_differences(onnx.load(config.onnx), len(facts.class_names))
     if differences:
         raise ValueError(f"{config.onnx} breaks the contract: {'; '.join(differences)}")
     files = {config.served_file.name: config.served_file, "parity.json": config.parity}
@@ -108,7 +108,7 @@ def write_repository(config: RepositoryConfig) -> int:
     def texts(version: int) -> Texts:
         found = {
             "config.pbtxt": config_pbtxt(config, facts, version=version, onnx_sha256=sha256),
-            "labels.txt": "\n".join(facts.labels) + "\n",
+            "labels.txt": "\n".join(facts.class_names) + "\n",
         }
         if config.engine in GPU_ENGINES and config.engine != "tensorrt-plan":
             # A server without a GPU takes this one, because it refuses a model of KIND_GPU.
@@ -119,7 +119,7 @@ def write_repository(config: RepositoryConfig) -> int:
     return publish_version(config.repository / config.name, files, texts, config.keep_versions)
 
 
-def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
+def _card_of(config: RepositoryConfig, facts: ModelMetadata) -> str:
     """The summary of the model's card as one line of JSON, empty where there is none.
 
     Raises:
@@ -144,7 +144,7 @@ def _card_of(config: RepositoryConfig, facts: ModelFacts) -> str:
     return json.dumps(card, separators=(",", ":"))
 
 
-def _network_run(model: Path, facts: ModelFacts) -> str:
+def _network_run(model: Path, facts: ModelMetadata) -> str:
     """The training run of a variant's network; of a student, its teacher's."""
     student = model / "student.json"
     return str(json.loads(student.read_text())["teacher"]) if student.is_file() else facts.run

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from chestct.contract import MODEL_NAME, ModelFacts
-from chestct.inference.client import TLSOptions
+from chestct.contract import MODEL_NAME, ModelMetadata
+from chestct.inference.wires import TLSOptions
 from export.check.parity import ParityConfig, Tolerance, check_parity, compare
 from export.check.runners import ENGINES, Outputs, Runner, run_all, triton_runner
 from export.convert.onnx import OnnxConfig, write_onnx
@@ -97,18 +97,18 @@ def roll_out(config: RolloutConfig, server: TritonAdmin, variant: str) -> dict[s
     _require_parity(source)
     scans = _golden_set(config, source)
     with server.session() as session:
-        before = {"version": session.model_version, **_about(session.facts)}
+        before = {"version": session.model_version, **_about(session.metadata)}
         old = run_all("served", triton_runner(session), scans.pixels)
-        old_labels = session.facts.labels
+        old_labels = session.metadata.class_names
     try:
         promote(config.repository, variant, config.keep_versions, name=CANDIDATE)
         server.load(CANDIDATE)
         with server.session(CANDIDATE) as session:
             latency_ms = session.health().latency_ms
-            facts = session.facts
+            facts = session.metadata
             new = run_all("candidate", triton_runner(session), scans.pixels)
             _require_same_file(source, triton_runner(session), scans)
-        figures = _judge(config, scans, (old_labels, old), (facts.labels, new))
+        figures = _judge(config, scans, (old_labels, old), (facts.class_names, new))
         logger.info("golden set: %s", json.dumps(figures))
         version = _switch(
             config, server, lambda: promote(config.repository, variant, config.keep_versions)
@@ -148,7 +148,7 @@ def status(server: TritonAdmin) -> dict[str, Any]:
         chestct.errors.ChestCTError: The server fails or does not keep the contract.
     """
     with server.session() as session:
-        return {"model": MODEL_NAME, "version": session.model_version, **_about(session.facts)}
+        return {"model": MODEL_NAME, "version": session.model_version, **_about(session.metadata)}
 
 
 def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: str) -> str:
@@ -185,7 +185,7 @@ def publish_champion(serve_config: ServeConfig, config: RolloutConfig, model: st
     return "fp32"
 
 
-def _about(facts: ModelFacts) -> dict[str, str]:
+def _about(facts: ModelMetadata) -> dict[str, str]:
     return {
         "run": facts.run,
         "data_hash": facts.data_hash,

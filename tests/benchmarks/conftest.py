@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from tests.support.triton import ended_at_once
 
 HERE = Path(__file__).parent
 CHECKOUT = Path(__file__).resolve().parents[2]
 CLASSES = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
-FACTS = ModelFacts(CLASSES, LUNG_WINDOW, 1.0, 30.0, "a-run", "0" * 64)
+FACTS = ModelMetadata(CLASSES, LUNG_WINDOW, 1.0, 30.0, "a-run", "0" * 64)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -17,11 +17,7 @@ IN_PROCESS = {
     ("onnxruntime", "fp32"), ("onnxruntime", "int8"),
     ("openvino", "fp32"), ("openvino", "int8"),
 }  # fmt: skip
-SERVED = {
-    (f"triton_{way}", variant)
-    for way in ("grpc", "http", "grpc_shm")
-    for variant in ("fp32", "int8")
-}
+SERVED = {(f"triton_{way}", variant) for way in ("grpc", "http") for variant in ("fp32", "int8")}
 
 
 def test_row_by_hand():

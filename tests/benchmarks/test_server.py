@@ -8,7 +8,7 @@ import pytest
 from benchmarks.environment import cores
 from benchmarks.load import Cell, load
 from benchmarks.server import first_served_answer, statistics_after, statistics_of
-from chestct.inference.client import ScanClient
+from chestct.client import ScanClient
 from tests.support.triton import serve
 
 pytestmark = pytest.mark.server
@@ -22,7 +22,7 @@ class Counting:
         self._lock, self._all_here = threading.Lock(), threading.Barrier(concurrency, timeout=60)
         self.num_sent = self.in_flight = self.most_in_flight = 0
 
-    def classify(self, scans):
+    def infer(self, scans, with_map=False):
         with self._lock:
             self.num_sent += 1
             self.in_flight += 1
@@ -31,7 +31,7 @@ class Counting:
         if is_first:
             self._all_here.wait()
         try:
-            return self._client.classify(scans)
+            return self._client.infer(scans, with_map=with_map)
         finally:
             with self._lock:
                 self.in_flight -= 1
@@ -48,12 +48,12 @@ def test_requests_of_another_client_are_noticed(triton, scan_batch, monkeypatch)
     monkeypatch.setattr("benchmarks.server.COUNTED_WITHIN_S", 0.3)
     with ScanClient(triton.grpc_url, "chestct_fp32") as client:
         before = statistics_of(triton.http_url, "chestct_fp32")
-        client.classify(scan_batch)
+        client.infer(scan_batch, with_map=True)
         after = statistics_after(triton.http_url, "chestct_fp32", before, 1)
         assert after["scans"] - before["scans"] == len(scan_batch)
         assert after["executions"] - before["executions"] == 1
-        client.classify(scan_batch)
-        client.classify(scan_batch)
+        client.infer(scan_batch, with_map=True)
+        client.infer(scan_batch, with_map=True)
         with pytest.raises(ValueError, match="2 requests to chestct_fp32 were counted for 1"):
             statistics_after(triton.http_url, "chestct_fp32", after, 1)
 

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from chestct.contract import ModelFacts, Window, input_spec, output_specs
+from chestct.contract import ModelMetadata, Window, input_spec, output_specs
 from tests.support.ports import free_port
 
 LABELS = ("adenocarcinoma", "large_cell", "normal", "squamous_cell")
-FACTS = ModelFacts(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(LABELS, Window(-600.0, 1500.0), 1.5, 10.0, "run-7", "ab" * 32)
 
 
 def _unchanged(_: str, value: Any) -> Any:
@@ -47,6 +47,7 @@ class FakeModel:
     bend_output: Callable[[str, np.ndarray], np.ndarray] = _unchanged
     bend_tensors: Callable[[str, list[dict]], list[dict]] = _unchanged
     requests: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    heads: list[tuple[str, str, str]] = field(default_factory=list)  # two headers, request ID
 
     def tensors(self, kind: str) -> list[dict[str, Any]]:
         specs = [input_spec()] if kind == "inputs" else output_specs(self.num_classes)
@@ -124,6 +125,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         if model.dies_at_request == len(model.requests) + 1:
             self.die()
             time.sleep(1)
+        given = dict(context.invocation_metadata())
+        model.heads.append((given.get("x-site", ""), given.get("x-trace", ""), request.id))
         scans = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape)
         outputs = model.outputs(scans, names)
         answer = service_pb2.ModelInferResponse(
@@ -206,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         if model.dies_at_request == len(model.requests) + 1:
             self.close_connection = True
             return self.server.die()
+        given = (self.headers.get("X-Site", ""), self.headers.get("X-Trace", ""))
+        model.heads.append((*given, request.get("id", "")))
         scans = np.frombuffer(body[split:], np.uint8).reshape(shape)
         outputs, blobs = [], []
         for name, array in model.outputs(scans, names).items():

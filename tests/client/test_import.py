@@ -65,23 +65,16 @@ def test_all_is_sorted_and_there(path: Path) -> None:
 
 
 def test_package_exports_everything_that_it_names() -> None:
-    public = {
-        name
-        for name, value in vars(chestct).items()
-        if not name.startswith("_") and not isinstance(value, type(sys))
-    }
-    assert public == set(chestct.__all__)
-    assert set(chestct.errors.__all__) <= public
-    assert set(chestct.imaging.prepare.__all__) <= public
-    assert set(chestct.inference.client.__all__) <= public
+    public = set(chestct.__all__)
+    assert all(getattr(chestct, name) is not None for name in public)
+    assert set(dir(chestct)) >= public
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = chestct.nothing
+    for module in ("client", "errors", "imaging.prepare", "inference.predictions"):
+        assert set(importlib.import_module(f"chestct.{module}").__all__) <= public
 
 
-def test_import_is_light_and_silent() -> None:
-    program = (
-        "import sys, chestct.cli.__main__\n"
-        "heavy = {'tritonclient', 'grpc', 'gevent', 'pydicom'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)"
-    )
+def run_python(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
@@ -90,3 +83,28 @@ def test_import_is_light_and_silent() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    run_python(
+        "import logging, sys, warnings\n"
+        "import chestct\n"
+        "heavy = {'numpy', 'PIL', 'pydicom', 'tritonclient', 'grpc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import numpy  # which has filters of its own\n"
+        "filters = list(warnings.filters)\n"
+        "import chestct.cli.__main__, chestct.client, chestct.pacs.reports, chestct.web.settings\n"
+        "assert warnings.filters == filters\n"
+        "changed = [name for name, each in logging.root.manager.loggerDict.items()\n"
+        "           if isinstance(each, logging.Logger) and (each.level or each.handlers)]\n"
+        "assert not changed, changed\n"
+        "assert not logging.root.handlers\n"
+    )
+
+
+def test_import_is_light_and_silent() -> None:
+    run_python(
+        "import sys, chestct.cli.__main__\n"
+        "heavy = {'tritonclient', 'grpc', 'gevent', 'pydicom'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )

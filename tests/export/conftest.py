@@ -24,7 +24,7 @@ def full_width(scan_batch, common_folder, build_once) -> FullWidth:
         import keras
         import numpy as np
 
-        from chestct.contract import LUNG_WINDOW, ModelFacts
+        from chestct.contract import LUNG_WINDOW, ModelMetadata
         from export.convert.onnx import OnnxConfig, write_onnx
         from training.common.atomic_io import write_json
         from training.network.calibrate import fit_domain
@@ -36,7 +36,7 @@ def full_width(scan_batch, common_folder, build_once) -> FullWidth:
         shape = head.kernel.shape
         head.set_weights([np.random.default_rng(7).normal(0, 1, shape), np.zeros(shape[-1])])
         set_domain(model, fit_domain(pooled_features(model).predict_on_batch(scan_batch[:8])))
-        facts = ModelFacts(("a", "b", "normal", "d"), LUNG_WINDOW, 1.0, 30.0, "run", "hash")
+        facts = ModelMetadata(("a", "b", "normal", "d"), LUNG_WINDOW, 1.0, 30.0, "run", "hash")
         full.model.mkdir(parents=True)
         model.save(full.model / "model.keras")
         write_json(full.model / "facts.json", facts.to_parameters())

@@ -22,7 +22,7 @@ import onnx
 import pytest
 
 import export.convert.quantize
-from chestct.inference.client import ScanClient
+from chestct.client import ScanClient
 from export.check.runners import keras_runner, triton_runner
 from export.convert.engine import EngineConfig, build_plan, check_plan, write_graph
 from export.publish.repository import publish_variants
@@ -114,7 +114,7 @@ def test_route_answers_as_keras_does_and_how_fast(
     client = ScanClient(url, f"chestct_{route}", timeout_s=60, connect_timeout_s=READY_TIMEOUT_S)
     with client:
         got = triton_runner(client)(scan_batch)
-        limit = PROBABILITY_ERROR[client.facts.precision]
+        limit = PROBABILITY_ERROR[client.metadata.precision]
         assert np.abs(got["probabilities"] - wanted["probabilities"]).max() <= limit
         for name in ("activation_map", "domain_distance"):
             scale = np.abs(wanted[name]).max()
@@ -123,7 +123,7 @@ def test_route_answers_as_keras_does_and_how_fast(
             times_ms = []
             for _ in range(60):
                 started = time.perf_counter()
-                client.classify(scan_batch[:batch])
+                client.infer(scan_batch[:batch], with_map=True)
                 times_ms.append(1000 * (time.perf_counter() - started))
             text = f"p50 {np.median(times_ms[10:]):.2f} ms, least {min(times_ms):.2f} ms"
             record_property(f"batch {batch}", text)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +154,54 @@ def test_one_of_two_servers_is_killed(
     )
     assert done.returncode == 3
     assert not again.exists()
+
+
+def test_a_restart_of_the_only_server_does_not_end_the_batch(
+    repository: Path, environment: Path, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with serve(repository, environment, models=("whole",)) as server:
+        command = [*COMMAND, str(folder), "--model", "whole", "--batch-size", "1"]
+        command += ["--url", server.grpc_url, "--output", str(output)]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            until(lambda: whole_lines(output) >= 5, "the first lines")
+            os.kill(server.pid, signal.SIGKILL)
+            before = whole_lines(output)
+            server.restart()
+            _, errors = process.communicate(timeout=180)
+    assert before < NUM_PICTURES
+    assert process.returncode == 1, errors  # three files are broken
+    assert "healthy again" in errors
+    assert_everything_once(output, folder)
+
+
+def test_watching_goes_on_over_a_restart(
+    repository: Path, environment: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Files come while the server is away; nothing ends, and nothing is lost."""
+    output, incoming = tmp_path / "out.jsonl", tmp_path / "incoming"
+    incoming.mkdir()
+    shutil.copy(folder / "000.png", incoming)
+    with serve(repository, environment, models=("whole",)) as server:
+        command = [*COMMAND, str(incoming), "--watch", "--settle-s", "0.2", "--model", "whole"]
+        command += ["--url", server.grpc_url, "--output", str(output)]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            until(lambda: whole_lines(output) == 1, "the first line")
+            os.kill(server.pid, signal.SIGKILL)
+            for index in range(1, 4):
+                shutil.copy(folder / f"{index:03}.png", incoming)
+            time.sleep(2)
+            assert process.poll() is None
+            server.restart()
+            until(lambda: whole_lines(output) == 4, "the lines of the other files")
+            process.terminate()
+            _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert {row["status"] for row in rows_of(output)} == {"ok"}
 
 
 def test_slow_and_fast_way_give_the_same_answers(

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, ModelFacts
-from chestct.inference.client import ScanClient
+from chestct.client import ScanClient
+from chestct.contract import LUNG_WINDOW, SCAN_SHAPE, ModelMetadata
 from serving.local import LocalTriton, uses_gpu
 
 PROVIDER = "lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so"
@@ -86,7 +86,7 @@ def test_gpu_is_hidden_from_the_server_and_its_backends(
     (folder / "tmp").mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     (folder / ".venv-triton").symlink_to(triton_environment)
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
+    facts = ModelMetadata(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
     parameters = "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'
         for key, value in facts.to_parameters().items()
@@ -101,7 +101,7 @@ def test_gpu_is_hidden_from_the_server_and_its_backends(
         for pid in (server.pid, *pids):
             assert environ_of(pid)["CUDA_VISIBLE_DEVICES"] == "-1"
         with ScanClient(server.grpc_url) as client:
-            answer = client.classify(np.zeros((1, *SCAN_SHAPE), np.uint8))
+            answer = client.infer(np.zeros((1, *SCAN_SHAPE), np.uint8), with_map=True)
         assert answer.run == "run-7"
     assert ("models are served on the CPU" in caplog.text) == (device == "gpu")
 

@@ -20,12 +20,12 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelFacts, Window
+from chestct.client import ScanClient
+from chestct.contract import NOT_A_MEDICAL_DEVICE, OUTPUT_NAMES, ModelMetadata, Window
 from chestct.errors import ScanDecodeError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.prepare import inspect_bytes, inspect_scan
 from chestct.imaging.sources import list_scans
-from chestct.inference.client import ScanClient
 from export.publish.repository import write_encoded
 from serving.local import LocalTriton
 from tests.client.swelling import dicom_that_swells
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.server, pytest.mark.xdist_group("encoded")]
 CHECKOUT = Path(__file__).parents[2]
 LIMIT_S = 30.0
 # Not the default window: a step that read no parameters would give other numbers for DICOM.
-FACTS = ModelFacts(("a", "b", "größer"), Window(-300.0, 900.0), 1.0, 10.0, "run-7", "ab" * 32)
+FACTS = ModelMetadata(("a", "b", "größer"), Window(-300.0, 900.0), 1.0, 10.0, "run-7", "ab" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,15 @@ def test_a_file_gives_the_numbers_of_the_clients_own_decoding(
     got = infer(encoded, [path.read_bytes() for path in files.values()])
     scans = [inspect_scan(path, FACTS.window) for path in files.values()]
     with ScanClient(encoded.grpc_url) as client:
-        expected = client.classify(np.stack([scan.pixels for scan in scans]))
+        expected = client.infer(np.stack([scan.pixels for scan in scans]), with_map=True)
     for name in OUTPUT_NAMES:
         want = np.asarray(getattr(expected, name)).reshape(got[name].shape)
         np.testing.assert_array_equal(got[name], want, err_msg=name)
     assert [json.loads(row[0]) for row in got["reasons"]] == [list(s.reasons) for s in scans]
     assert any("coloured" in row[0].decode() for row in got["reasons"])
-    assert [[item.decode() for item in row] for row in got["labels"]] == [list(FACTS.labels)] * 5
+    assert [[item.decode() for item in row] for row in got["labels"]] == [
+        list(FACTS.class_names)
+    ] * 5
     assert got["domain_threshold"].ravel().tolist() == [FACTS.domain_threshold] * 5
     assert {row[0].decode() for row in got["notice"]} == {NOT_A_MEDICAL_DEVICE}
 
@@ -217,6 +219,6 @@ def test_the_curl_command_of_the_readme_classifies_a_file(
     answer = json.loads(done.stdout)
     expected = infer_grpc(encoded, [files[kind].read_bytes()])
     np.testing.assert_allclose(answer["probabilities"], expected["probabilities"][0], rtol=1e-6)
-    assert answer["labels"] == list(FACTS.labels)
+    assert answer["labels"] == list(FACTS.class_names)
     assert answer["notice"] == NOT_A_MEDICAL_DEVICE
     assert json.loads(answer["reasons"]) == json.loads(expected["reasons"][0, 0])

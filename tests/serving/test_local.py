@@ -29,8 +29,8 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
+from chestct.client import ScanClient
 from chestct.errors import InferenceTimeoutError
-from chestct.inference.client import ScanClient
 from serving.local import LocalTriton, LocalTritonError, find_installation
 from serving.local.__main__ import main
 from serving.local.process import free_ports
@@ -238,60 +238,37 @@ def client_of(
     return ScanClient(url, model, **options)
 
 
-def registered_regions(server: LocalTriton) -> list[str]:
-    url = f"{server.http_url}/v2/systemsharedmemory/status"
-    with urllib.request.urlopen(url, timeout=5) as reply:
-        return [region["name"] for region in json.load(reply)]
+def test_client_gives_the_same_answers_over_both_protocols(
+    server: LocalTriton, scans: np.ndarray
+) -> None:
+    batch = np.concatenate([scans, scans[:3] // 2])  # two pieces, 8 and 3
+    with client_of(server, "grpc") as one, client_of(server, "http") as other:
+        expected, found = one.infer(batch, with_map=True), other.infer(batch, with_map=True)
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    np.testing.assert_array_equal(found.activation_map, expected.activation_map)
+    np.testing.assert_array_equal(found.domain_distance, expected.domain_distance)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_client_shares_memory_with_the_server(
+def test_threads_share_a_client(server: LocalTriton, scans: np.ndarray, protocol: str) -> None:
+    with client_of(server, "grpc") as client:
+        expected = client.infer(scans).probabilities
+    with client_of(server, protocol) as client, ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda i: client.infer(scans[i % 8 :], with_map=True), range(48))
+        for place, found in enumerate(answers):
+            np.testing.assert_allclose(found.probabilities, expected[place % 8 :], rtol=1e-5)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_late_answer_is_not_taken_for_that_of_the_next_request(
     server: LocalTriton, scans: np.ndarray, protocol: str
 ) -> None:
-    batch = np.concatenate([scans, scans[:3] // 2])  # two pieces, 8 and 3
-    with client_of(server, protocol) as client:
-        expected = client.classify(batch)
-    with client_of(server, protocol, shared_memory="on") as client:
-        for _ in range(2):
-            found = client.classify(batch)
-            np.testing.assert_array_equal(found.probabilities, expected.probabilities)
-            np.testing.assert_array_equal(found.activation_map, expected.activation_map)
-            np.testing.assert_array_equal(found.domain_distance, expected.domain_distance)
-        (name,) = registered_regions(server)  # one, used again
-        assert Path("/dev/shm", name).exists()
-    assert registered_regions(server) == []
-    assert not Path("/dev/shm", name).exists()
-
-
-def test_threads_have_a_region_each(server: LocalTriton, scans: np.ndarray) -> None:
-    with client_of(server, "grpc") as client:
-        expected = client.classify(scans).probabilities
-    with client_of(server, "grpc", shared_memory="on") as client, ThreadPoolExecutor(4) as pool:
-        for place, found in enumerate(
-            pool.map(lambda i: client.classify(scans[i % 8 :]), range(48))
-        ):
-            np.testing.assert_allclose(found.probabilities, expected[place % 8 :], rtol=1e-5)
-        assert 1 <= len(registered_regions(server)) <= 4
-    assert registered_regions(server) == []
-
-
-def test_region_of_a_request_that_failed_carries_no_other(
-    server: LocalTriton, scans: np.ndarray
-) -> None:
-    """The server may still be reading the scans of a request that its client has given up."""
-    with client_of(server, "grpc", "whole_patient", shared_memory="on") as client:
-        expected = client.classify(scans[:3]).probabilities
-        (before,) = registered_regions(server)
-        client.timeout_s = 0.1
-        with pytest.raises(InferenceTimeoutError):
-            client.classify(scans[:3])
-        client.timeout_s = 30.0
-        np.testing.assert_array_equal(client.classify(scans[:3]).probabilities, expected)
-        assert len(registered_regions(server)) == 2
-        assert not Path("/dev/shm", before).exists()
-    assert registered_regions(server) == [before]
-    url = f"{server.http_url}/v2/systemsharedmemory/region/{before}/unregister"
-    urllib.request.urlopen(url, data=b"", timeout=5).close()
+    with client_of(server, protocol, "whole_patient") as client:
+        expected = client.infer(scans[:3]).probabilities
+        with pytest.raises(InferenceTimeoutError, match=r"no answer within 0\.1 s"):
+            client.infer(scans[3:6], timeout_s=0.1)
+        found = client.infer(scans[:3]).probabilities
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -396,18 +373,17 @@ def test_killed_process_is_noticed_and_the_server_restarted(
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_client_shares_memory_again_after_a_restart(
+def test_client_goes_on_over_a_restart(
     mortal_whole: LocalTriton, scans: np.ndarray, protocol: str
 ) -> None:
-    with client_of(mortal_whole, protocol, shared_memory="on") as client:
-        expected = client.classify(scans).probabilities
-        before = registered_regions(mortal_whole)
-        mortal_whole.restart()
-        np.testing.assert_array_equal(client.classify(scans).probabilities, expected)
-        after = registered_regions(mortal_whole)
-        assert len(before) == len(after) == 1
-        assert before != after
-        assert not Path("/dev/shm", before[0]).exists()
+    """Calls wait for the server, by default for a minute."""
+    with client_of(mortal_whole, protocol) as client, ThreadPoolExecutor(1) as pool:
+        expected = client.infer(scans).probabilities
+        restart = pool.submit(mortal_whole.restart)
+        while not restart.done():
+            np.testing.assert_array_equal(client.infer(scans).probabilities, expected)
+        restart.result()
+        np.testing.assert_array_equal(client.infer(scans).probabilities, expected)
 
 
 def test_watch_gives_up_on_a_server_that_cannot_restart(

@@ -25,8 +25,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tritonclient.utils import InferenceServerException
 
+from chestct.client import ScanClient
 from chestct.errors import ServerError
-from chestct.inference.client import ScanClient, TLSOptions
+from chestct.inference.wires import TLSOptions
 from export.publish.admin import TritonAdmin
 from serving.local import Certificates, LocalTriton, LocalTritonError
 from serving.local.__main__ import main
@@ -131,8 +132,10 @@ def secured(
 def classify(
     url: str, tls: TLSOptions | None, scans: np.ndarray, connect_timeout_s: float = 30
 ) -> Any:
-    with ScanClient(url, tls=tls, connect_timeout_s=connect_timeout_s, retries=0) as client:
-        return client.classify(scans)
+    with ScanClient(
+        url, tls=tls, connect_timeout_s=connect_timeout_s, unavailable_timeout_s=0
+    ) as client:
+        return client.infer(scans, with_map=True)
 
 
 def urls(server: LocalTriton) -> list[str]:
@@ -170,7 +173,7 @@ def test_a_client_without_the_right_certificate_is_refused_by_the_server(
     hospital, stranger = authorities
     if kind != "mutual":
         for url in urls(server):  # nobody is asked, so nobody is refused
-            assert classify(url, TLSOptions(hospital.ca), scans).labels
+            assert classify(url, TLSOptions(hospital.ca), scans).predicted_labels
         return
     for url in urls(server):
         for own in ((None, None), stranger.sign("client")):

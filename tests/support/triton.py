@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from serving.local import LocalTriton
 
 LABELS = ("adenocarcinoma", "large.cell.carcinoma", "normal", "squamous.cell.carcinoma")
-SMALL_FACTS = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
+SMALL_FACTS = ModelMetadata(("a", "b", "c"), LUNG_WINDOW, 1.0, 10.0, "run-7", "ab" * 32)
 
 
-def config_parameters(facts: ModelFacts, without: str = "") -> str:
+def config_parameters(facts: ModelMetadata, without: str = "") -> str:
     """The facts as `parameters` of a config.pbtxt; `without` names one that is left out."""
     return "".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}\n'

@@ -88,7 +88,7 @@ def model_card(records: Artefacts, config: CardConfig, run: RunRecord | None) ->
         model_name=MODEL_NAME,
         notice=NOT_A_MEDICAL_DEVICE,
         preparation=PREPARATION,
-        tensors=[input_spec(), *output_specs(len(records.facts.labels))],
+        tensors=[input_spec(), *output_specs(len(records.facts.class_names))],
         brain_mri_requirement=BRAIN_MRI_REQUIREMENT,
         epochs={
             "head alone": records.history[0],

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import PositiveInt, StringConstraints
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from training.common.config import config_class
 
 Statement = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -93,7 +93,7 @@ class Artefacts:
         latency: Content of `latency.json`, or the reason why there is none.
     """
 
-    facts: ModelFacts
+    facts: ModelMetadata
     model_sha256: str
     training: dict[str, Any]
     history: list[dict[str, str]]
@@ -199,9 +199,9 @@ def _of_run(file: Path, run: str, command: str) -> dict[str, Any] | str:
     return content if content["run"] == run else f"{file} is of run {content['run']}"
 
 
-def _facts(file: Path, content: Mapping[str, Any]) -> ModelFacts:
+def _facts(file: Path, content: Mapping[str, Any]) -> ModelMetadata:
     try:
-        return ModelFacts.from_parameters(content)
+        return ModelMetadata.from_parameters(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}; run python -m training fit again") from error
 

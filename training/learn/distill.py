@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import config_class, load_config, plain_settings
@@ -298,12 +298,12 @@ def distill(config: DistillConfig) -> list[Path]:
 
 def _calibrated(
     student: keras.Model,
-    facts: ModelFacts,
+    facts: ModelMetadata,
     train: ScanSet,
     valid: ScanSet,
     config: DistillConfig,
     run: Run,
-) -> tuple[keras.Model, ModelFacts]:
+) -> tuple[keras.Model, ModelMetadata]:
     """The student with a temperature and a domain of its own, and its facts."""
     features = predict(pooled_features(student), train.pixels, "features of train")
     valid_features = predict(pooled_features(student), valid.pixels, "features of valid")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, PositiveFloat
 
-from chestct.contract import LUNG_WINDOW, ModelFacts, Window
+from chestct.contract import LUNG_WINDOW, ModelMetadata, Window
 from training.common.atomic_io import replaced, write_json
 from training.common.cli import command_parser, run_command
 from training.common.config import Share, config_class, load_config, plain_settings
@@ -181,7 +181,7 @@ def fit(config: FitConfig) -> Path:
         threshold = domain_threshold(domain_distances(valid_features, domain), config.accepted)
         set_domain(model, domain)
         final = with_temperature(model, temperature)
-        facts = ModelFacts(
+        facts = ModelMetadata(
             train.names,
             config.window(),
             temperature,

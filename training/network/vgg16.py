@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelFacts
+from chestct.contract import INPUT_NAME, SCAN_SHAPE, ModelMetadata
 
 if TYPE_CHECKING:
     import keras
@@ -210,7 +210,7 @@ def with_temperature(model: keras.Model, temperature: float) -> keras.Model:
     return copy
 
 
-def load_trained(folder: Path) -> tuple[keras.Model, ModelFacts]:
+def load_trained(folder: Path) -> tuple[keras.Model, ModelMetadata]:
     """The Keras model and the facts that `training fit` wrote into `folder`.
 
     Raises:
@@ -224,5 +224,5 @@ def load_trained(folder: Path) -> tuple[keras.Model, ModelFacts]:
     set_up_tensorflow()
     import keras
 
-    facts = ModelFacts.from_parameters(json.loads((folder / "facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((folder / "facts.json").read_text()))
     return keras.models.load_model(folder / "model.keras", compile=False), facts

@@ -95,9 +95,10 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
     model, facts = load_trained(config.model)
     sets = read_split(config.scans, config.split, facts.window)
     test = sets["test"]
-    if test.names != facts.labels:
+    if test.names != facts.class_names:
         raise ValueError(
-            f"{config.split} has the classes {test.names}, the model {facts.labels}; train again"
+            f"{config.split} has the classes {test.names}, the model {facts.class_names}; "
+            "train again"
         )
     split = json.loads(config.protocol.read_text())
     if sources.grouped is not None:
@@ -113,7 +114,7 @@ def evaluate(config: EvaluateConfig, sources: Sources = Sources()) -> dict[str, 
     metrics: dict[str, Any] = {
         "run": facts.run,
         "data_hash": facts.data_hash,
-        "labels": list(facts.labels),
+        "labels": list(facts.class_names),
         "temperature": facts.temperature,
         "intervals": "95 %, bootstrap over groups; of a proportion that is 0 or 1 Wilson over "
         "groups",

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from chestct.contract import SCAN_SHAPE, ModelFacts
+from chestct.contract import SCAN_SHAPE, ModelMetadata
 from chestct.errors import ScanDecodeError
 from chestct.imaging.prepare import inspect_scan
 from chestct.imaging.sources import list_scans
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def check_domain(
-    model: Any, facts: ModelFacts, test: list[Path], foreign: Path, chest: list[Path]
+    model: Any, facts: ModelMetadata, test: list[Path], foreign: Path, chest: list[Path]
 ) -> dict[str, Any]:
     """Rejections of scans that should be accepted and of those that should not.
 
@@ -94,7 +94,7 @@ def _listed(folder: Path) -> list[Path]:
     return paths
 
 
-def _looked_at(model: Any, facts: ModelFacts, paths: list[Path], name: str) -> dict[str, Any]:
+def _looked_at(model: Any, facts: ModelMetadata, paths: list[Path], name: str) -> dict[str, Any]:
     scans, by_rules = [], []
     for path in tqdm(paths, f"look at {name}", unit="scan", disable=None):
         try:

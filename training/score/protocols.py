@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from chestct.imaging.sources import list_scans
 from training.common.metrics import NORMAL, calibration_error, reliability, score
 from training.data.dataset import ScanSet, load_pixels, predict_outputs, read_split
@@ -84,7 +84,7 @@ def distinct(scans: ScanSet) -> npt.NDArray[np.bool_]:
 
 
 def official_protocols(
-    name: str, facts: ModelFacts, sets: dict[str, ScanSet], probabilities: Floats
+    name: str, facts: ModelMetadata, sets: dict[str, ScanSet], probabilities: Floats
 ) -> list[Protocol]:
     """The test split as it is, and without scans that have a near duplicate in train or valid.
 
@@ -115,7 +115,7 @@ def read_cross_validation(folder: Path) -> dict[str, Any]:
     return record
 
 
-def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Protocol]:
+def grouped_protocols(folder: Path, scans: Path, facts: ModelMetadata) -> list[Protocol]:
     """Every scan, answered by the fold that has not seen its group; and the distinct pictures.
 
     Args:
@@ -134,11 +134,11 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
     for fold in (folder / f"fold-{number}" for number in range(num_folds)):
         sets = read_split(scans, fold / "split/split.csv", facts.window)
         test, train = sets["test"], sets["train"]
-        if any(path not in rows for path in test.paths) or test.names != facts.labels:
+        if any(path not in rows for path in test.paths) or test.names != facts.class_names:
             raise ValueError(f"{fold}: other scans than in {folder}/answers.csv; run it again")
-        of_fold = ModelFacts.from_parameters(json.loads((fold / "train/facts.json").read_text()))
+        of_fold = ModelMetadata.from_parameters(json.loads((fold / "train/facts.json").read_text()))
         model = np.array(
-            [[rows[path][name] for name in facts.labels] for path in test.paths], np.float32
+            [[rows[path][name] for name in facts.class_names] for path in test.paths], np.float32
         )
         answers = {"model": model}
         answers |= {who: baseline(train, test.pixels) for who, baseline in BASELINES.items()}
@@ -149,7 +149,7 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
         np.concatenate([part.scans.labels for part in parts]),
         np.concatenate([part.scans.groups for part in parts]),
         tuple(path for part in parts for path in part.scans.paths),
-        facts.labels,
+        facts.class_names,
     )
     whole = Protocol(
         "grouped",
@@ -161,7 +161,7 @@ def grouped_protocols(folder: Path, scans: Path, facts: ModelFacts) -> list[Prot
 
 
 def external_protocols(
-    model: Any, facts: ModelFacts, train: ScanSet, folder: Path
+    model: Any, facts: ModelMetadata, train: ScanSet, folder: Path
 ) -> list[Protocol]:
     """Each other folder of an outside source against its folder `normal`, as two classes.
 
@@ -179,10 +179,10 @@ def external_protocols(
         chestct.errors.ScanDecodeError: A scan cannot be read.
     """
     classes = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    if NORMAL not in facts.labels or NORMAL not in classes or len(classes) < 2:
+    if NORMAL not in facts.class_names or NORMAL not in classes or len(classes) < 2:
         raise ValueError(
-            f"{folder}: holds {sorted(classes)}, the model knows {list(facts.labels)}; expected "
-            f"{NORMAL!r} in both and another folder beside it"
+            f"{folder}: holds {sorted(classes)}, the model knows {list(facts.class_names)}; "
+            f"expected {NORMAL!r} in both and another folder beside it"
         )
     paths = {name: list(list_scans(path)) for name, path in classes.items()}
     pixels = {
@@ -200,7 +200,7 @@ def external_protocols(
         scans = ScanSet(both, labels, np.arange(len(labels)), listed, (NORMAL, name))
         answers = {"model": predict_outputs(model, both, f"external {name}")["probabilities"]}
         answers |= {who: baseline(train, both) for who, baseline in BASELINES.items()}
-        normal = facts.labels.index(NORMAL)
+        normal = facts.class_names.index(NORMAL)
         two = {
             who: np.column_stack([answer[:, normal], 1 - answer[:, normal]])
             for who, answer in answers.items()

@@ -21,7 +21,7 @@ __all__ = [
     "PREPARATION",
     "SCAN_SHAPE",
     "SCAN_SIZE",
-    "ModelFacts",
+    "ModelMetadata",
     "TensorSpec",
     "Window",
     "input_spec",
@@ -90,11 +90,11 @@ def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelMetadata:
     """What a served model says of itself in the `parameters` of its `config.pbtxt`.
 
     Attributes:
-        labels: One short name a class, in the order of the columns of `probabilities`.
+        class_names: One short name a class, in the order of the columns of `probabilities`.
         window: Window in which the network was trained; DICOM slices are shown to it in this one.
         temperature: Divisor of the logits, already inside the graph.
         domain_threshold: A scan whose `domain_distance` lies above it is out of domain.
@@ -106,7 +106,7 @@ class ModelFacts:
         git_commit: Commit of the code that the run was made with; empty where it is not known.
     """
 
-    labels: tuple[str, ...]
+    class_names: tuple[str, ...]
     window: Window
     temperature: float
     domain_threshold: float
@@ -122,8 +122,8 @@ class ModelFacts:
         Raises:
             ValueError: Fewer than two labels, repeated labels, or a number not positive.
         """
-        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels {self.labels}: expected at least two, all different")
+        if len(self.class_names) < 2 or len(set(self.class_names)) != len(self.class_names):
+            raise ValueError(f"labels {self.class_names}: expected at least two, all different")
         for name in ("temperature", "domain_threshold"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -132,7 +132,7 @@ class ModelFacts:
     def to_parameters(self) -> dict[str, str]:
         """These facts as the string parameters of `config.pbtxt`."""
         return {
-            "labels": json.dumps(list(self.labels)),
+            "labels": json.dumps(list(self.class_names)),
             "window_center_hu": repr(self.window.center_hu),
             "window_width_hu": repr(self.window.width_hu),
             "temperature": repr(self.temperature),
@@ -147,7 +147,7 @@ class ModelFacts:
         }
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> ModelFacts:
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ModelMetadata:
         """Facts from the string parameters of a server's model config.
 
         Raises:

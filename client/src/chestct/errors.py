@@ -11,8 +11,11 @@ ChestCTError
     +-- ServerUnavailableError   nobody answers, or the model is not ready
     +-- InferenceTimeoutError    the deadline passed
     +-- ContractError            the server's model is not the one this client was made for
+    +-- ModelExchangedError      the server has changed to another model since `connect`
     +-- InferenceError           the server refused or failed one request
 """
+
+from typing import ClassVar
 
 __all__ = [
     "ChestCTError",
@@ -20,6 +23,7 @@ __all__ = [
     "DecoderCrashedError",
     "InferenceError",
     "InferenceTimeoutError",
+    "ModelExchangedError",
     "OutOfDomainError",
     "ReportError",
     "ScanDecodeError",
@@ -59,23 +63,56 @@ class DecoderCrashedError(ScanDecodeError):
 
 
 class ServerError(ChestCTError):
-    """Base of everything that has to do with the server."""
+    """Base of all errors that come from a server or from the way to it.
+
+    Attributes:
+        code: Short name of the kind of error, the same over gRPC and HTTP.
+        retryable: Whether the same call may succeed later.
+        url: Address of the server; empty where several are concerned.
+    """
+
+    code: ClassVar[str] = "server"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str = "", url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class ServerUnavailableError(ServerError):
     """No server answers at the address, or its model is not ready."""
 
+    code = "unavailable"
+    retryable = True
+
 
 class InferenceTimeoutError(ServerError):
     """The deadline of a call passed before the answer came."""
+
+    code = "timeout"
+    retryable = True
 
 
 class ContractError(ServerError):
     """The server's model differs from the contract; the message lists all differences."""
 
+    code = "contract"
+
+
+class ModelExchangedError(ServerError):
+    """A server has changed to a model that is not comparable with the one of `connect`.
+
+    Either two versions answered parts of one call: classify again. Or labels or window are others:
+    connect again, prepare the scans in the new window, and classify again.
+    """
+
+    code = "model_exchanged"
+
 
 class InferenceError(ServerError):
     """The server answered a request with an error."""
+
+    code = "inference"
 
 
 class ReportError(ChestCTError):

@@ -22,7 +22,7 @@ import triton_python_backend_utils as pb
 
 sys.path.append(str(Path(__file__).parent))
 
-from chestct.contract import INPUT_NAME, NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import INPUT_NAME, NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ScanDecodeError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES, limit_memory
 from chestct.imaging.prepare import inspect_bytes
@@ -30,14 +30,14 @@ from chestct.imaging.prepare import inspect_bytes
 Tensors = dict[str, np.ndarray]
 
 
-def facts_of(config: Mapping[str, Any]) -> ModelFacts:
+def facts_of(config: Mapping[str, Any]) -> ModelMetadata:
     """Labels, window and domain threshold, from the parameters of a model config.
 
     Raises:
         ValueError: Parameters are missing or unreadable.
     """
     found = config.get("parameters", {})
-    return ModelFacts.from_parameters({key: item["string_value"] for key, item in found.items()})
+    return ModelMetadata.from_parameters({key: item["string_value"] for key, item in found.items()})
 
 
 def plain(data: bytes) -> bytes:
@@ -52,7 +52,7 @@ def plain(data: bytes) -> bytes:
         return data
 
 
-def decoded(files: np.ndarray, facts: ModelFacts) -> Tensors:
+def decoded(files: np.ndarray, facts: ModelMetadata) -> Tensors:
     """The outputs for the files of one request.
 
     Args:
@@ -84,7 +84,7 @@ def decoded(files: np.ndarray, facts: ModelFacts) -> Tensors:
     return {
         INPUT_NAME: np.stack([scan.pixels for scan in scans]),
         "reasons": texts([[json.dumps(scan.reasons)] for scan in scans]),
-        "labels": texts([list(facts.labels)] * num_files),
+        "labels": texts([list(facts.class_names)] * num_files),
         "domain_threshold": np.full((num_files, 1), facts.domain_threshold, np.float32),
         "notice": texts([[NOT_A_MEDICAL_DEVICE]] * num_files),
     }

@@ -53,10 +53,21 @@ def pool() -> Iterator[DecodePool]:
         yield running
 
 
+_of_other_tests: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _own_children() -> None:
+    """Pages of other tests may run in this process, with decoders of their own."""
+    _of_other_tests.clear()
+    _of_other_tests.update(children())
+
+
 def children() -> set[int]:
-    """The decoding processes of this one; other tests may have left servers running."""
+    """The decoding processes of this test."""
     tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     found = {int(child) for task in tasks for child in task.read_text().split()}
+    found -= _of_other_tests
     return {child for child in found if b"decode_worker" in command_line(child)}
 
 
@@ -303,7 +314,7 @@ def test_from_an_event_loop(good: Source) -> None:
     task = {"name": "sent.dcm", "window": [-600, 1500], "side": 32, "first": 0}
 
     async def run() -> None:
-        pool = DecodePool(2)
+            pool = DecodePool(2)
         await pool.fill()
         assert len(children()) == 2
         for _ in range(3):

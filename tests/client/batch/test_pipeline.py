@@ -15,24 +15,22 @@ from PIL import Image
 
 from chestct.batch.decode_pool import DecodePool
 from chestct.batch.pipeline import (
-    classify_paths,
     classify_sources,
     decoded_files,
 )
 from chestct.batch.selection import FLUSH, Flush
+from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, Window
 from chestct.errors import InferenceError, ServerUnavailableError
 from chestct.imaging.prepare import Slice, inspect_scans
 from chestct.imaging.sources import Source, list_scans
-from chestct.inference.client import ScanClient
-from chestct.inference.server_pool import Fleet
 from tests.client.batch.faults import faulty, install
 from tests.client.swelling import dicom_that_swells
 
 
 @pytest.fixture
 def client(grpc_peer: Any) -> Iterator[ScanClient]:
-    with ScanClient(grpc_peer.url, retries=0) as connected:
+    with ScanClient(grpc_peer.url, unavailable_timeout_s=0) as connected:
         yield connected
 
 
@@ -42,7 +40,7 @@ def test_lines_keep_the_order_and_bad_files_stop_nothing(
     client: ScanClient, scan_folder: Path, batch_size: int, workers: int
 ) -> None:
     paths = list(list_scans(scan_folder))
-    lines = list(classify_paths(client, paths, batch_size, workers))
+    lines = list(client.classify_many(paths, batch_size=batch_size, workers=workers))
     assert [line["path"] for line in lines] == [str(path) for path in paths]
     outcomes = [(Path(line["path"]).name, line.get("label", line["status"])) for line in lines]
     assert outcomes == [
@@ -65,7 +63,7 @@ def test_reasons_stay_with_their_files(
     Image.fromarray(np.full((200, 200), 90, np.uint8)).save(scan_folder / "3 flat.png")
     names = ("0 (1).png", "1 small.png", "2 text.png", "3 flat.png")
     lines = dict(
-        zip(names, classify_paths(client, [scan_folder / name for name in names]), strict=True)
+        zip(names, client.classify_many([scan_folder / name for name in names]), strict=True)
     )
     kinds = {
         name: [reason.partition(":")[0] for reason in line.get("reasons", [])]
@@ -83,7 +81,7 @@ def test_reasons_stay_with_their_files(
 def test_scans_are_sent_in_batches_without_maps(
     client: ScanClient, grpc_peer: Any, scan_folder: Path
 ) -> None:
-    list(classify_paths(client, list_scans(scan_folder), batch_size=3))
+    list(client.classify_many(list_scans(scan_folder), batch_size=3))
     # Seven files, less the two that are broken, in threes.
     names = ("probabilities", "domain_distance")
     assert sorted(grpc_peer.model.requests) == [(2, names), (3, names)]
@@ -92,13 +90,13 @@ def test_scans_are_sent_in_batches_without_maps(
 def test_only_broken_files_need_no_request(
     client: ScanClient, grpc_peer: Any, scan_folder: Path
 ) -> None:
-    lines = list(classify_paths(client, [scan_folder / "2 text.png"]))
+    lines = list(client.classify_many([scan_folder / "2 text.png"]))
     assert [line["status"] for line in lines] == ["error"]
     assert grpc_peer.model.requests == []
 
 
 def test_no_paths_give_no_lines(client: ScanClient) -> None:
-    assert list(classify_paths(client, [])) == []
+    assert list(client.classify_many([])) == []
 
 
 def test_look_ahead_is_bounded(client: ScanClient, scan_folder: Path) -> None:
@@ -110,7 +108,7 @@ def test_look_ahead_is_bounded(client: ScanClient, scan_folder: Path) -> None:
             drawn += 1
             yield scan_folder / "0 (1).png"
 
-    lines = classify_paths(client, endless(), batch_size=4)
+    lines = client.classify_many(endless(), batch_size=4)
     for _ in range(6):
         next(lines)
     lines.close()
@@ -130,9 +128,9 @@ def test_requests_are_under_way_at_once(
         return array
 
     peer.model.bend_output = wait
-    with ScanClient(peer.url, retries=0) as client:
+    with ScanClient(peer.url, unavailable_timeout_s=0) as client:
         paths = [scan_folder / "0 (1).png", scan_folder / "1 (1).png"] * 4
-        lines = list(classify_paths(client, paths, batch_size=2))
+        lines = list(client.classify_many(paths, batch_size=2))
     assert [line["path"] for line in lines] == [str(path) for path in paths]
     assert {line["status"] for line in lines} == {"ok"}
 
@@ -148,7 +146,7 @@ def test_each_processor_decodes_a_file(
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     monkeypatch.setattr("chestct.batch.decode_worker.inspect_scans", inspect_together)
-    lines = list(classify_paths(client, [scan_folder / "0 (1).png"] * 6, batch_size=3))
+    lines = list(client.classify_many([scan_folder / "0 (1).png"] * 6, batch_size=3))
     assert [line["status"] for line in lines] == ["ok"] * 6
 
 
@@ -165,7 +163,7 @@ def test_dicom_is_shown_in_the_window_of_the_model(
     grpc_peer.model.parameters["window_center_hu"] = "40.0"
     grpc_peer.model.parameters["window_width_hu"] = "400.0"
     with ScanClient(grpc_peer.url) as client:
-        list(classify_paths(client, [tmp_path / "missing.dcm"]))
+        list(client.classify_many([tmp_path / "missing.dcm"]))
     assert seen == [Window(40.0, 400.0)]
 
 
@@ -186,8 +184,11 @@ def test_server_death_comes_after_what_is_finished(
     peer = make_peer("http")
     peer.model.dies_at_request = 2
     lines: list[dict[str, Any]] = []
-    with ScanClient(peer.url, retries=0) as client, pytest.raises(ServerUnavailableError):
-        lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
+    with (
+        ScanClient(peer.url, unavailable_timeout_s=0) as client,
+        pytest.raises(ServerUnavailableError),
+    ):
+        lines.extend(client.classify_many(list_scans(scan_folder), batch_size=3))
     # The first request may have been under way too.
     assert [line["status"] for line in lines if line["status"] != "error"] in ([], ["ok"] * 3)
 
@@ -198,14 +199,14 @@ def test_failed_batch_comes_after_what_is_finished(
     grpc_peer.model.bend_output = lambda _, array: array if len(array) == 3 else array * np.nan
     lines: list[dict[str, Any]] = []
     with pytest.raises(InferenceError, match="not finite"):
-        lines.extend(classify_paths(client, list_scans(scan_folder), batch_size=3))
+        lines.extend(client.classify_many(list_scans(scan_folder), batch_size=3))
     assert_only_first_batch_and_errors(lines)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": 0}])
 def test_sizes_below_one(client: ScanClient, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        list(classify_paths(client, [], **wrong))
+        list(client.classify_many([], **wrong))
 
 
 def test_many_scans_stay_with_their_files(
@@ -214,8 +215,8 @@ def test_many_scans_stay_with_their_files(
     means = np.random.default_rng(3).choice([40, 100, 160, 220], 60)
     for index, mean in enumerate(means):
         Image.fromarray(grey_slice(int(mean), seed=index)).save(tmp_path / f"{index:03}.png")
-    lines = classify_paths(client, list_scans(tmp_path), batch_size=7, workers=4)
-    labels = client.facts.labels
+    lines = client.classify_many(list_scans(tmp_path), batch_size=7, workers=4)
+    labels = client.metadata.class_names
     assert [labels.index(line["label"]) for line in lines] == [int(mean) // 64 for mean in means]
 
 
@@ -238,9 +239,8 @@ def test_file_that_crashes_or_hangs_its_decoder_costs_one_record(
     sources = [*good[:3], bad, *good[3:], *good]
     with (
         DecodePool(2, limit_s=2.0, num_in_threads=0) as workers,
-        Fleet.like(client) as fleet,
     ):
-        records = [record for record, _ in classify_sources(fleet, sources, workers, 3)]
+        records = [record for record, _ in classify_sources(client, sources, workers, 3)]
     assert [record["path"] for record in records] == [source.name for source in sources]
     error = records[3]["error"]
     assert error["type"] == "DecoderCrashedError"
@@ -259,9 +259,8 @@ def test_file_that_swells_in_memory_costs_one_record(
     limit = 256 * 2**20
     with (  # it is too large for a thread, though the first files go to threads
         DecodePool(1, memory_bytes=limit) as workers,
-        Fleet.like(client) as fleet,
     ):
-        records = [record for record, _ in classify_sources(fleet, map(Source, paths), workers, 3)]
+        records = [record for record, _ in classify_sources(client, map(Source, paths), workers, 3)]
     assert [record["path"] for record in records] == list(map(str, paths))
     error = records[2]["error"]
     assert error["type"] == "DecoderCrashedError"
@@ -285,8 +284,8 @@ def test_flush_sends_what_there_is(client: ScanClient, scan_folder: Path) -> Non
             yield Source(scan_folder / f"{index} (1).png")
             yield FLUSH
 
-    with DecodePool(1) as workers, Fleet.like(client) as fleet:
-        classified = classify_sources(fleet, coming(), workers, 4)
+    with DecodePool(1) as workers:
+        classified = classify_sources(client, coming(), workers, 4)
         for index in range(3):
             assert next(classified)[0]["status"] == "ok"
             assert drawn == list(range(index + 1))

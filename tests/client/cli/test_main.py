@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from PIL import Image
 
 import chestct
 from chestct.cli import __main__ as cli
+from chestct.cli.options import fleet_of
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from tests.support.waiting import until
 from training.data.phantom import dicom_from_phantom, make_phantom, write_dicom
@@ -132,7 +134,7 @@ def test_table_names_every_model_that_answered(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        "chestct.inference.server_pool.Throttle.FIRST", 1
+        "chestct.inference.limiter.ConcurrencyLimiter.FIRST", 1
     )  # one request after the other
 
     def roll_out(name: str, array: np.ndarray) -> np.ndarray:
@@ -391,6 +393,15 @@ def test_completion_without_shtab_is_told(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["--print-completion", "bash"])
     assert 'pip install "chestct[completion]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], 60.0), (["--watch"], math.inf), (["--watch", "--patience-s", "5"], 5.0)],
+)
+def test_limit_of_the_time_without_a_server(options: list[str], expected: float) -> None:
+    arguments = cli._parser().parse_args(["classify", "folder", *options])
+    assert fleet_of(arguments).unavailable_timeout_s == expected
 
 
 def test_no_server(

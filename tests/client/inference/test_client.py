@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import errno
-import os
+import http.client
 import socket
 import ssl
 import threading
@@ -21,25 +20,21 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from chestct import errors, region
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct import errors
+from chestct.client import AsyncScanClient, ScanClient
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from chestct.errors import (
     ChestCTError,
     ContractError,
     InferenceError,
     InferenceTimeoutError,
+    ModelExchangedError,
     ServerError,
     ServerUnavailableError,
 )
-from chestct.inference import client as client_module
-from chestct.inference.client import (
-    AsyncScanClient,
-    Health,
-    Predictions,
-    ScanClient,
-    TLSOptions,
-    _parse_url,
-)
+from chestct.inference import connection, server_pool
+from chestct.inference.predictions import Health, Predictions, synthetic_scan
+from chestct.inference.wires import StatusError, TLSOptions
 from tests.support.waiting import until
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -51,11 +46,11 @@ def classify(
     """One session of either client: connect, classify, close."""
     if kind == "blocking":
         with ScanClient(url, **options) as client:
-            return client.classify(scans, with_map)
+            return client.infer(scans, with_map=with_map)
 
     async def session() -> Predictions:
         async with AsyncScanClient(url, **options) as client:
-            return await client.classify(scans, with_map)
+            return await client.infer(scans, with_map=with_map)
 
     return asyncio.run(session())
 
@@ -67,15 +62,15 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(server_pool, "RETRY_PAUSE_S", 0.02)
 
 
 def test_predictions_of_a_split_batch(kind: str, peer: Any, scans: np.ndarray) -> None:
     predictions = classify(kind, peer.url, scans)
     assert [size for size, _ in peer.model.requests] == [4, 2]
-    facts = ModelFacts.from_parameters(peer.model.parameters)
-    assert predictions.facts == facts
-    assert predictions.labels == [facts.labels[i] for i in (0, 1, 2, 3, 0, 1)]
+    facts = ModelMetadata.from_parameters(peer.model.parameters)
+    assert predictions.metadata == facts
+    assert predictions.predicted_labels == [facts.class_names[i] for i in (0, 1, 2, 3, 0, 1)]
     assert predictions.probabilities.shape == (6, 4)
     assert predictions.probabilities.dtype == np.float32
     assert predictions.activation_map is not None
@@ -103,11 +98,11 @@ def test_scan_beyond_the_threshold_is_out_of_domain(
 
 
 def test_distance_at_the_threshold_is_in_domain() -> None:
-    facts = ModelFacts(("a", "b", "c"), LUNG_WINDOW, 1.0, 2.0, "run", "00")
+    facts = ModelMetadata(("a", "b", "c"), LUNG_WINDOW, 1.0, 2.0, "run", "00")
     distances = np.array([1.9, 2.0, 2.1], np.float32)
     predictions = Predictions(np.eye(3, dtype=np.float32), None, distances, facts, "m", "1")
     assert predictions.in_domain.tolist() == [True, True, False]
-    assert predictions.labels == ["a", "b", "c"]
+    assert predictions.predicted_labels == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +134,7 @@ def test_health_is_a_real_inference(peer: Any) -> None:
     assert health == Health("chestct", "1", "run-7", health.latency_ms)
     assert 0 < health.latency_ms < 30_000
     assert peer.model.requests == [(1, ("probabilities", "domain_distance"))]
-    assert client_module._synthetic_scan().std() > 20
+    assert synthetic_scan().std() > 20
 
 
 def test_health_asyncio(peer: Any) -> None:
@@ -154,7 +149,7 @@ def test_connect_waits_for_a_model_that_comes_later(kind: str, peer: Any, scans:
     peer.model.ready = False
     timer = threading.Timer(0.3, setattr, (peer.model, "ready", True))
     timer.start()
-    assert classify(kind, peer.url, scans).labels
+    assert classify(kind, peer.url, scans).predicted_labels
     timer.join()
 
 
@@ -173,7 +168,7 @@ def test_connect_waits_for_a_server_that_comes_later(
 
         timer = threading.Timer(0.4, start)
         timer.start()
-        assert classify(kind, f"grpc://127.0.0.1:{port}", scans).labels
+        assert classify(kind, f"grpc://127.0.0.1:{port}", scans).predicted_labels
         assert started.wait(5)
         timer.join()
 
@@ -262,31 +257,48 @@ def test_model_without_parameters(peer: Any, scans: np.ndarray) -> None:
         classify("blocking", peer.url, scans)
 
 
-@pytest.mark.parametrize("num_failures", [1, 3])
+@pytest.mark.parametrize("num_failures", [1, 2, 6])
 def test_unavailable_is_tried_again(
     kind: str, peer: Any, scans: np.ndarray, num_failures: int
 ) -> None:
+    """After three failures in a row the server is left out until a probe finds it healthy."""
     peer.model.failures = [UNAVAILABLE] * num_failures
-    assert len(classify(kind, peer.url, scans[:2]).labels) == 2
-    assert len(peer.model.requests) == num_failures + 1
+    assert len(classify(kind, peer.url, scans[:2]).predicted_labels) == 2
+    assert not peer.model.failures
 
 
 def test_unavailable_is_not_tried_forever(kind: str, peer: Any, scans: np.ndarray) -> None:
-    peer.model.failures = [UNAVAILABLE] * 9
-    with pytest.raises(ServerUnavailableError, match="made to fail"):
-        classify(kind, peer.url, scans[:2])
-    assert len(peer.model.requests) == 4  # the first attempt and three retries
+    peer.model.failures = [UNAVAILABLE] * 99
+    with pytest.raises(ServerUnavailableError, match="made to fail") as raised:
+        classify(kind, peer.url, scans[:2], unavailable_timeout_s=0.3)
+    assert (raised.value.code, raised.value.retryable) == ("unavailable", True)
+    assert raised.value.url == peer.url
+    assert 1 < len(peer.model.requests) < 20
 
 
-def test_no_retry_beyond_the_deadline(
-    kind: str, peer: Any, scans: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_unavailable_is_not_tried_again_where_nothing_is_waited_for(
+    kind: str, peer: Any, scans: np.ndarray
 ) -> None:
-    for name in ("FIRST_RETRY_S", "LONGEST_RETRY_S"):
-        monkeypatch.setattr(client_module, name, 30)  # a pause of 15 s or more
     peer.model.failures = [UNAVAILABLE] * 9
     with pytest.raises(ServerUnavailableError):
-        classify(kind, peer.url, scans[:2], timeout_s=10)
+        classify(kind, peer.url, scans[:2], unavailable_timeout_s=0)
     assert len(peer.model.requests) == 1
+
+
+def test_no_retry_beyond_the_limit_of_the_call(kind: str, peer: Any, scans: np.ndarray) -> None:
+    peer.model.failures = [UNAVAILABLE] * 99
+
+    def blocking() -> None:
+        with ScanClient(peer.url) as client:
+            client.infer(scans[:2], timeout_s=0.3)
+
+    async def session() -> None:
+        async with AsyncScanClient(peer.url) as client:
+            await client.infer(scans[:2], timeout_s=0.3)
+
+    with pytest.raises(ServerUnavailableError):
+        blocking() if kind == "blocking" else asyncio.run(session())
+    assert len(peer.model.requests) < 20
 
 
 @pytest.mark.parametrize(
@@ -304,27 +316,28 @@ def test_other_failures_are_not_tried_again(
 
 def test_slow_answer_is_a_timeout(kind: str, peer: Any, scans: np.ndarray) -> None:
     peer.model.delay_s = 1.0
+    options = {"timeout_s": 0.2, "connect_timeout_s": 20, "unavailable_timeout_s": 0}
     with pytest.raises(InferenceTimeoutError, match=r"no answer within 0\.2 s"):
-        classify(kind, peer.url, scans[:2], timeout_s=0.2, connect_timeout_s=20)
+        classify(kind, peer.url, scans[:2], **options)
 
 
 def test_deadline_of_connecting_does_not_bind_requests(
     kind: str, peer: Any, scans: np.ndarray
 ) -> None:
     peer.model.delay_s = 1.2
-    assert len(classify(kind, peer.url, scans[:2], connect_timeout_s=1.0).labels) == 2
+    assert len(classify(kind, peer.url, scans[:2], connect_timeout_s=1.0).predicted_labels) == 2
 
 
 def test_death_in_the_middle(kind: str, peer: Any, scans: np.ndarray) -> None:
     peer.model.dies_at_request = 2
     with pytest.raises(ServerUnavailableError, match=peer.url):
-        classify(kind, peer.url, scans)
+        classify(kind, peer.url, scans, unavailable_timeout_s=0)
     assert len(peer.model.requests) == 1
 
 
 def test_empty_tensors_name_numpy_2(kind: str, peer: Any, scans: np.ndarray) -> None:
     peer.model.bend_output = lambda _, array: array[:0]
-    with pytest.raises(InferenceError, match=r"'probabilities' cannot be read.*numpy < 2"):
+    with pytest.raises(InferenceError, match=r"'probabilities' is float32.*numpy < 2"):
         classify(kind, peer.url, scans[:2])
 
 
@@ -346,14 +359,57 @@ def test_unusable_outputs(
 
 def test_new_version_brings_its_own_facts(peer: Any, scans: np.ndarray) -> None:
     with ScanClient(peer.url) as client:
-        assert client.classify(scans[:1]).facts.run == "run-7"
+        assert client.infer(scans[:1]).metadata.run == "run-7"
         peer.model.versions = ["1", "2"]
-        later = replace(client.facts, labels=client.facts.labels[::-1], run="run-8")
+        later = replace(client.metadata, run="run-8", domain_threshold=1.0)
         peer.model.parameters = later.to_parameters()
-        predictions = client.classify(scans[:1])
+        predictions = client.infer(scans[:1])
         assert predictions.model_version == client.model_version == "2"
-        assert predictions.facts == client.facts == later
-        assert predictions.labels == [later.labels[0]]
+        assert predictions.metadata == client.metadata == later
+        assert predictions.in_domain.tolist() == [False]
+
+
+@pytest.mark.parametrize("has_version", [True, False])
+@pytest.mark.parametrize(
+    "parameters", [{"labels": '["a", "b", "c", "d"]'}, {"window_center_hu": "40.0"}]
+)
+def test_model_with_other_labels_or_window_gives_no_answer(
+    peer: Any, scans: np.ndarray, parameters: dict[str, str], has_version: bool
+) -> None:
+    """Also where a server that was started anew serves it under the same version."""
+    with ScanClient(peer.url) as client:
+        client.infer(scans[:1])
+        peer.model.parameters |= parameters
+        if has_version:
+            peer.model.versions = ["1", "2"]
+        else:
+            peer.model.failures = [UNAVAILABLE]
+        for _ in range(2):
+            with pytest.raises(ModelExchangedError, match="Connect again") as raised:
+                client.infer(scans[:1])
+        assert (raised.value.code, raised.value.url) == ("model_exchanged", peer.url)
+        old = client.metadata
+        client.connect()
+        assert client.infer(scans[:1]).metadata == client.metadata
+        with pytest.raises(ModelExchangedError):
+            client.infer(scans[:1], prepared_for=old)
+
+
+def test_model_is_compared_again_after_a_pause(
+    grpc_peer: Any, scans: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may restart while nothing is asked, and no request fails by it."""
+    monkeypatch.setattr(server_pool, "CHECK_AFTER_S", 0.0)
+    with ScanClient(grpc_peer.url) as client:
+        grpc_peer.model.parameters["labels"] = '["a", "b", "c", "d"]'
+        with pytest.raises(ModelExchangedError):
+            client.infer(scans[:1])
+
+
+def test_headers_and_request_id_reach_the_server(peer: Any, scans: np.ndarray) -> None:
+    with ScanClient(peer.url, headers={"X-Site": "here"}) as client:
+        client.infer(scans[:1], headers={"X-Trace": "42"}, request_id="scan-7")
+    assert peer.model.heads == [("here", "42", "scan-7")]
 
 
 def test_versions_are_not_mixed_in_one_answer(kind: str, peer: Any, scans: np.ndarray) -> None:
@@ -362,7 +418,7 @@ def test_versions_are_not_mixed_in_one_answer(kind: str, peer: Any, scans: np.nd
         return array
 
     peer.model.bend_output = roll_out
-    with pytest.raises(InferenceError, match=r"versions \['1', '2'\].*Send the batch again"):
+    with pytest.raises(ModelExchangedError, match=r"versions \['1', '2'\].*Classify again"):
         classify(kind, peer.url, scans)
 
 
@@ -387,19 +443,19 @@ def test_asked_version_is_sent(kind: str, peer: Any, scans: np.ndarray) -> None:
 def test_use_before_connecting_and_after_closing(peer: Any, scans: np.ndarray) -> None:
     client = ScanClient(peer.url)
     with pytest.raises(ServerUnavailableError, match="not connected"):
-        client.classify(scans)
+        client.infer(scans)
     client.connect()
-    assert client.facts.run == "run-7"
+    assert client.metadata.run == "run-7"
     client.close()
     client.close()
     with pytest.raises(ServerUnavailableError, match="not connected"):
-        _ = client.facts
+        _ = client.metadata
 
 
 def test_close_leaves_no_http_connection(make_peer: Callable[..., Any], scans: np.ndarray) -> None:
     peer = make_peer("http")
     with ScanClient(peer.url) as client:
-        client.classify(scans)
+        client.infer(scans)
         assert len(peer.http.connections) == 1
     until(lambda: not peer.http.connections, "the end of the connection")
 
@@ -408,7 +464,7 @@ def test_threads_share_a_grpc_client(grpc_peer: Any, scans: np.ndarray) -> None:
     answers: list[list[str]] = []
     with ScanClient(grpc_peer.url) as client:
         threads = [
-            threading.Thread(target=lambda: answers.append(client.classify(scans).labels))
+            threading.Thread(target=lambda: answers.append(client.infer(scans).predicted_labels))
             for _ in range(4)
         ]
         for thread in threads:
@@ -420,45 +476,13 @@ def test_threads_share_a_grpc_client(grpc_peer: Any, scans: np.ndarray) -> None:
 
 def test_large_answers_pass(kind: str, grpc_peer: Any, scans: np.ndarray) -> None:
     # 4 maps of 14 x 14 x 2000 float32 are 6.3 MB, gRPC's own limit is 4 MiB.
-    facts = ModelFacts.from_parameters(grpc_peer.model.parameters)
-    many = replace(facts, labels=tuple(f"class {number}" for number in range(2000)))
+    facts = ModelMetadata.from_parameters(grpc_peer.model.parameters)
+    many = replace(facts, class_names=tuple(f"class {number}" for number in range(2000)))
     grpc_peer.model.parameters = many.to_parameters()
     grpc_peer.model.num_classes = 2000
     predictions = classify(kind, grpc_peer.url, scans[:4])
     assert predictions.activation_map is not None
     assert predictions.activation_map.nbytes > 4 * 2**20
-
-
-def test_scans_go_over_the_wire_where_no_memory_is_shared(
-    kind: str, peer: Any, scans: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO", "chestct"):
-        predictions = classify(kind, peer.url, scans, shared_memory="auto")
-    assert len(predictions.labels) == 6
-    assert [size for size, _ in peer.model.requests] == [4, 2]
-    # Tried once, not with each piece.
-    (record,) = (record for record in caplog.records if record.name == "chestct.inference.client")
-    assert "scans go over the wire, not through shared memory" in record.getMessage()
-
-
-def test_memory_that_is_asked_for_and_not_shared_is_an_error(
-    kind: str, peer: Any, scans: np.ndarray
-) -> None:
-    with pytest.raises(InferenceError, match="no memory is shared with this server"):
-        classify(kind, peer.url, scans, shared_memory="on")
-    assert peer.model.requests == []
-
-
-def test_memory_that_cannot_be_made(
-    kind: str, peer: Any, scans: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_space(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(region, "SharedMemory", no_space)
-    assert len(classify(kind, peer.url, scans, shared_memory="auto").labels) == 6
-    with pytest.raises(InferenceError, match="No space left on device"):
-        classify(kind, peer.url, scans, shared_memory="on")
 
 
 @pytest.mark.parametrize(
@@ -491,7 +515,7 @@ def test_address_of_another_form(url: str) -> None:
     ],
 )
 def test_missing_port_is_that_of_triton(url: str, address: str) -> None:
-    assert _parse_url(url)[2] == address
+    assert connection._parse_url(url)[2] == address
 
 
 @pytest.mark.parametrize(
@@ -505,10 +529,8 @@ def test_deadlines_must_be_positive(options: dict[str, float]) -> None:
 def test_arguments_that_cannot_be(tmp_path: Path) -> None:
     pem = tmp_path / "ca.pem"
     pem.touch()
-    with pytest.raises(ValueError, match="retries is -1"):
-        AsyncScanClient(retries=-1)
-    with pytest.raises(ValueError, match="shared_memory is 'yes': expected auto, on or off"):
-        ScanClient(shared_memory="yes")
+    with pytest.raises(ValueError, match="unavailable_timeout_s is -1"):
+        AsyncScanClient(unavailable_timeout_s=-1)
     with pytest.raises(ValueError, match="need grpcs:// or https://"):
         ScanClient("grpc://host:1", tls=TLSOptions(ca=pem))
     with pytest.raises(ValueError, match="is not a file"):
@@ -519,12 +541,13 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
 
 def test_every_status_and_error_has_its_place() -> None:
     def kind_of(error: Exception) -> type:
-        translated = client_module._server_error(error, "grpc://host:1", 3.0)
-        assert translated.__cause__ is error
+        translated = connection._server_error(error, "grpc://host:1", 3.0)
+        assert translated.url == "grpc://host:1"
         assert str(translated).startswith("grpc://host:1: ")
         return type(translated)
 
     expected = {
+        "StatusCode.CANCELLED": ServerUnavailableError,
         "StatusCode.DEADLINE_EXCEEDED": InferenceTimeoutError,
         "StatusCode.UNAVAILABLE": ServerUnavailableError,
         "502": ServerUnavailableError,
@@ -536,21 +559,18 @@ def test_every_status_and_error_has_its_place() -> None:
         error = InferenceServerException("it went wrong", status)
         assert kind_of(error) is expected.get(str(status), InferenceError)
 
-    import aiohttp
-    from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
-
     for error, kind in (
         (ConnectionRefusedError(111, "refused"), ServerUnavailableError),
         (ConnectionResetError(), ServerUnavailableError),
         (socket.gaierror(-2, "unknown host"), ServerUnavailableError),
-        (HTTPConnectionClosed("closed"), ServerUnavailableError),
-        (aiohttp.ServerDisconnectedError(), ServerUnavailableError),
-        (aiohttp.ClientConnectionResetError(), ServerUnavailableError),
+        (http.client.RemoteDisconnected("closed"), ServerUnavailableError),
+        (http.client.IncompleteRead(b"short"), ServerUnavailableError),
+        (StatusError("503", "full"), ServerUnavailableError),
+        (StatusError("504", "late"), InferenceTimeoutError),
+        (StatusError("500", "wrong"), InferenceError),
         (TimeoutError(), InferenceTimeoutError),
-        (aiohttp.ServerTimeoutError(), InferenceTimeoutError),
         (ssl.SSLCertVerificationError(1, "self-signed"), ServerError),
-        (HTTPParseError("no HTTP", 8), InferenceError),
-        (aiohttp.ClientPayloadError("short"), InferenceError),
+        (http.client.BadStatusLine("no HTTP"), InferenceError),
         (ValueError("no JSON"), InferenceError),
         (KeyError("outputs"), InferenceError),
     ):
@@ -619,7 +639,7 @@ def test_tls_with_client_certificate(
     peer = secure_peer(make_peer, protocol, key, cert)
     assert peer.url.startswith(f"{protocol}s://")
     tls = TLSOptions(ca=cert, cert=cert, key=key)
-    assert len(classify(kind, peer.url, scans, tls=tls).labels) == 6
+    assert len(classify(kind, peer.url, scans, tls=tls).predicted_labels) == 6
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from chestct.cli import __main__ as cli
+from chestct.client import AsyncScanClient, ScanClient
 from chestct.contract import SCAN_SHAPE
 from chestct.errors import ServerUnavailableError
-from chestct.inference.client import AsyncScanClient, ScanClient
 from chestct.inference.proxies import (
     GRPC_EXCEPTIONS,
     GRPC_VARIABLES,
@@ -27,7 +27,7 @@ from chestct.inference.proxies import (
     url_proxy,
     without_credentials,
 )
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
 
 VARIABLES = (*GRPC_VARIABLES, *GRPC_EXCEPTIONS, "all_proxy")
 SCANS = np.zeros((2, *SCAN_SHAPE), np.uint8)
@@ -118,19 +118,19 @@ def company(make_proxy, monkeypatch: pytest.MonkeyPatch) -> ConnectProxy:
 def _ask_asynchronously(url: str) -> str:
     async def ask() -> str:
         async with AsyncScanClient(url, connect_timeout_s=5) as client:
-            return (await client.classify(SCANS)).run
+            return (await client.infer(SCANS)).run
 
     return asyncio.run(ask())
 
 
 def _ask_a_fleet(url: str) -> str:
-    with Fleet([url], connect_timeout_s=5) as fleet:
+    with ServerPool([url], connect_timeout_s=5) as fleet:
         return fleet.submit(SCANS).result()[0].run
 
 
 def _ask(url: str) -> str:
     with ScanClient(url, connect_timeout_s=5) as client:
-        return client.classify(SCANS).run
+        return client.infer(SCANS).run
 
 
 @pytest.mark.parametrize("ask", [_ask, _ask_asynchronously, _ask_a_fleet])

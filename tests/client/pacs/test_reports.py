@@ -17,12 +17,12 @@ import pytest
 from pydicom import Dataset, dcmread
 
 from chestct.batch.decode_pool import DecodePool
+from chestct.client import ScanClient
 from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE
 from chestct.errors import ReportError
 from chestct.imaging.body import body_box
 from chestct.imaging.prepare import inspect_scan
 from chestct.imaging.sources import Source
-from chestct.inference.client import ScanClient
 from chestct.pacs.reports import (
     CODING_SCHEME,
     DicomReports,

@@ -11,10 +11,10 @@ import jsonschema
 import numpy as np
 import pytest
 
-from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import LUNG_WINDOW, NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import OutOfDomainError, ScanDecodeError
 from chestct.imaging.metadata import SliceMetadata
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.columns import columns_of
 from chestct.results.records import (
     SeriesResult,
@@ -32,7 +32,7 @@ README = Path(__file__).resolve().parents[3] / "client" / "README.md"
 
 @pytest.fixture
 def predictions() -> Predictions:
-    facts = ModelFacts(("cancer", "normal"), LUNG_WINDOW, 1.2, 5.0, "run-3", "cd" * 32)
+    facts = ModelMetadata(("cancer", "normal"), LUNG_WINDOW, 1.2, 5.0, "run-3", "cd" * 32)
     probabilities = np.array([[0.1, 0.9], [0.7, 0.3]], np.float32)
     return Predictions(probabilities, None, np.array([1.5, 7.1], np.float32), facts, "chestct", "4")
 
@@ -83,7 +83,7 @@ def test_in_domain_is_no_reason_at_all(predictions: Predictions) -> None:
 def test_numbers_read_back_as_the_same_float32(predictions: Predictions) -> None:
     values = np.random.default_rng(1).random((50, 2), np.float32) * np.float32(1e-6)
     for index, value in enumerate(values):
-        answer = Predictions(values, None, values[:, 0], predictions.facts, "chestct", "4")
+        answer = Predictions(values, None, values[:, 0], predictions.metadata, "chestct", "4")
         line = json.loads(json_text(result_line("a", answer, index, decode_ms=0, infer_ms=0)))
         assert np.float32(line["probabilities"]["cancer"]) == value[0]
         assert np.float32(line["domain_distance"]) == value[0]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from chestct.errors import ScanDecodeError
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.csv_file import CsvFile
 from chestct.results.formats import format_of, open_records
 from chestct.results.parquet import ParquetFile
@@ -27,7 +27,7 @@ NOTHING = DecodedInput(None)
 
 
 def ok(path: str, *reasons: str) -> dict[str, Any]:
-    facts = ModelFacts(LABELS, LUNG_WINDOW, 1.0, 5.0, "run-3", "cd" * 32)
+    facts = ModelMetadata(LABELS, LUNG_WINDOW, 1.0, 5.0, "run-3", "cd" * 32)
     values = np.array([[0.1, 0.9]], np.float32)
     predictions = Predictions(values, None, np.array([1.5], np.float32), facts, "chestct", "4")
     return result_line(path, predictions, 0, decode_ms=1.5, infer_ms=2.25, reasons=reasons)

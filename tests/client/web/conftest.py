@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from chestct.contract import LUNG_WINDOW, ModelFacts
+from chestct.contract import LUNG_WINDOW, ModelMetadata
 from serving.local import LocalTriton
 from tests.support.triton import LABELS, config_parameters, serve
 
@@ -32,13 +32,13 @@ CARD = {
     "balanced_accuracy": [0.705, 0.5959, 0.7956],
     "notice": "Research use only. Not a medical device.",
 }
-FACTS = ModelFacts(
+FACTS = ModelMetadata(
     LABELS, LUNG_WINDOW, 1.0, 1e3, "run-7", "ab" * 32, "fp32", json.dumps(CARD)
 )  # fmt: skip
 
 
 def write_repository(
-    write_model: Callable[..., Path], folder: Path, facts: ModelFacts = FACTS, without: str = ""
+    write_model: Callable[..., Path], folder: Path, facts: ModelMetadata = FACTS, without: str = ""
 ) -> Path:
     """A model repository; `without` names a parameter that is left out."""
     parameters = config_parameters(facts, without)

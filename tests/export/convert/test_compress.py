@@ -34,7 +34,7 @@ def config(trained, exported, tmp_path_factory) -> CompressConfig:
     _, facts = load_trained(trained.model)
     keras.utils.set_random_seed(1)
     for name, widths in WIDTHS.items():
-        student = build_classifier(len(facts.labels), widths=widths)
+        student = build_classifier(len(facts.class_names), widths=widths)
         kernel, bias = student.get_layer("activation_map").get_weights()
         rng = np.random.default_rng(1)
         student.get_layer("activation_map").set_weights(

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import export.convert.quantize
-from chestct.contract import SCAN_SHAPE, ModelFacts
+from chestct.contract import SCAN_SHAPE, ModelMetadata
 from export.convert.engine import (
     EngineConfig,
     Gpu,
@@ -172,8 +172,10 @@ def test_int8_needs_qdq_nodes(exported):
 
 def test_variant_for_tensorrt_has_its_own_precision_and_no_report_yet(config):
     write_graph(config)
-    facts = ModelFacts.from_parameters(json.loads((config.output / "facts.json").read_text()))
-    source = ModelFacts.from_parameters(json.loads(config.onnx.with_name("facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((config.output / "facts.json").read_text()))
+    source = ModelMetadata.from_parameters(
+        json.loads(config.onnx.with_name("facts.json").read_text())
+    )
     assert facts == replace(source, precision="fp16")
     metadata = {i.key: i.value for i in onnx.load(config.output / "model.onnx").metadata_props}
     assert metadata.items() >= facts.to_parameters().items()

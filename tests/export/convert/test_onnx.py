@@ -4,7 +4,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from export.convert.onnx import contract_differences, main
 from training.network.vgg16 import load_trained
 
@@ -25,7 +25,7 @@ def test_batch_axis_is_dynamic(exported, scan_batch, batch):
 def test_metadata_are_the_facts(exported, trained):
     stored = {item.key: item.value for item in onnx.load(exported).metadata_props}
     assert stored.pop("notice") == NOT_A_MEDICAL_DEVICE
-    assert ModelFacts.from_parameters(stored) == load_trained(trained.model)[1]
+    assert ModelMetadata.from_parameters(stored) == load_trained(trained.model)[1]
 
 
 def test_differences_are_listed_all_at_once(exported):

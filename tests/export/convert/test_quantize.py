@@ -10,7 +10,7 @@ import onnxruntime
 import openvino
 import pytest
 
-from chestct.contract import LUNG_WINDOW, OUTPUT_NAMES, ModelFacts
+from chestct.contract import LUNG_WINDOW, OUTPUT_NAMES, ModelMetadata
 from export.check.runners import onnx_runner, openvino_runner
 from export.convert.int8 import (
     ACTIVATION_STEPS,
@@ -31,7 +31,7 @@ from training.network.vgg16 import VGG_MEAN_BGR, build_classifier
 pytestmark = pytest.mark.xdist_group("quantize")  # its fixtures are made once
 
 NARROW = (8, 8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16)
-FACTS = ModelFacts(("a", "b", "c", "d"), LUNG_WINDOW, 1.0, 30.0, "run", "hash")
+FACTS = ModelMetadata(("a", "b", "c", "d"), LUNG_WINDOW, 1.0, 30.0, "run", "hash")
 
 
 def network(widths: tuple[int, ...], **options) -> onnx.ModelProto:
@@ -258,7 +258,7 @@ def test_variant_is_complete_and_calibrated_on_training_scans(trained, exported,
     assert sorted(p.name for p in config.output.iterdir()) == [
         "facts.json", "model.onnx", "quantize.json",
     ]  # fmt: skip
-    facts = ModelFacts.from_parameters(json.loads((config.output / "facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((config.output / "facts.json").read_text()))
     assert facts.precision == "int8"
     model = onnx.load(config.output / "model.onnx")
     stored = {item.key: item.value for item in model.metadata_props}

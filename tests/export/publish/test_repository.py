@@ -10,8 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 
 import training.common.atomic_io
-from chestct.contract import PREPARATION, ModelFacts, input_spec, output_specs
-from chestct.inference.client import ScanClient
+from chestct.client import ScanClient
+from chestct.contract import PREPARATION, ModelMetadata, input_spec, output_specs
 from export.convert.engine import PlanRecord
 from export.publish.config_pbtxt import config_pbtxt, parsed_config
 from export.publish.repository import (
@@ -37,7 +37,7 @@ from training.common.atomic_io import sha256_of
 from training.common.config import config_from_mapping, load_config
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-FACTS = ModelFacts.from_parameters(
+FACTS = ModelMetadata.from_parameters(
     {
         "labels": '["a", "b", "c"]',
         "window_center_hu": "-600.0",
@@ -114,10 +114,10 @@ def test_first_version_is_complete(config, trained):
         "domain_distance": [1],
     }
     assert [warm.batch_size for warm in parsed.model_warmup] == [1, 8]
-    facts = ModelFacts.from_parameters({k: v.string_value for k, v in parsed.parameters.items()})
-    assert (folder / "1" / "labels.txt").read_text().split() == list(facts.labels)
+    facts = ModelMetadata.from_parameters({k: v.string_value for k, v in parsed.parameters.items()})
+    assert (folder / "1" / "labels.txt").read_text().split() == list(facts.class_names)
     stored = json.loads((trained.model / "facts.json").read_text())
-    assert facts == ModelFacts.from_parameters(stored)
+    assert facts == ModelMetadata.from_parameters(stored)
 
 
 def test_publishing_again_changes_nothing(config):
@@ -208,11 +208,11 @@ def test_an_interruption_before_the_switch_keeps_serving_the_old_version(config,
 
 
 def test_labels_with_quotes_and_umlauts_survive(config):
-    facts = ModelFacts.from_parameters(json.loads((config.model / "facts.json").read_text()))
-    odd = dataclasses.replace(facts, labels=('Größe "1"', "back\\slash"))
+    facts = ModelMetadata.from_parameters(json.loads((config.model / "facts.json").read_text()))
+    odd = dataclasses.replace(facts, class_names=('Größe "1"', "back\\slash"))
     parsed = parsed_config(config_pbtxt(config, odd, version=1))
     found = {k: v.string_value for k, v in parsed.parameters.items()}
-    assert ModelFacts.from_parameters(found).labels == odd.labels
+    assert ModelMetadata.from_parameters(found).class_names == odd.class_names
 
 
 def test_another_number_of_classes_breaks_the_contract(config):
@@ -560,7 +560,7 @@ def test_real_triton_serves_every_variant_as_it_was_published(
         found = {}
         for name in ("chestct", "chestct_fp32", "chestct_int8", "chestct_cuda"):
             with ScanClient(server.grpc_url, name) as client:
-                found[name] = client.classify(scan_batch[:3]).probabilities
+                found[name] = client.infer(scan_batch[:3]).probabilities
     for name, probabilities in found.items():
         np.testing.assert_allclose(probabilities, found["chestct_fp32"], atol=1e-4, err_msg=name)
     for name, count in (("fp32", 2), ("int8", 2), ("cuda", 1)):
@@ -570,7 +570,7 @@ def test_real_triton_serves_every_variant_as_it_was_published(
         assert len(started) == count, (name, started)
 
 
-def tiny_variant(repository: Path, variant: str, facts: ModelFacts) -> None:
+def tiny_variant(repository: Path, variant: str, facts: ModelMetadata) -> None:
     """A published variant, as far as `promote` reads it."""
     folder = repository / f"chestct_{variant}" / "1"
     folder.mkdir(parents=True)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import training.cards.card
-from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelFacts
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from export.publish.config_pbtxt import parsed_config
 from export.publish.repository import write_repository
 from export.publish.settings import RepositoryConfig
@@ -585,10 +585,10 @@ def publishable(written, trained, exported, tmp_path) -> RepositoryConfig:
     )  # fmt: skip
 
 
-def facts_served(config: RepositoryConfig) -> ModelFacts:
+def facts_served(config: RepositoryConfig) -> ModelMetadata:
     text = (config.repository / config.name / "config.pbtxt").read_text(encoding="utf-8")
     entries = parsed_config(text).parameters.items()
-    return ModelFacts.from_parameters({key: entry.string_value for key, entry in entries})
+    return ModelMetadata.from_parameters({key: entry.string_value for key, entry in entries})
 
 
 def test_summary_reaches_the_served_parameters(publishable, written, trained):
@@ -596,7 +596,7 @@ def test_summary_reaches_the_served_parameters(publishable, written, trained):
     served = facts_served(publishable)
     assert json.loads(served.card) == json.loads((written / "summary.json").read_text())
     stored = json.loads((trained.model / "facts.json").read_text())
-    assert dataclasses.replace(served, card="") == ModelFacts.from_parameters(stored)
+    assert dataclasses.replace(served, card="") == ModelMetadata.from_parameters(stored)
     assert write_repository(publishable) == 1
 
 
@@ -606,7 +606,7 @@ def test_model_without_a_card_is_published_and_logged(publishable, tmp_path, cap
     served = facts_served(publishable)
     assert served.card == ""
     assert "card" not in served.to_parameters()
-    assert ModelFacts.from_parameters(served.to_parameters() | {"card": ""}) == served
+    assert ModelMetadata.from_parameters(served.to_parameters() | {"card": ""}) == served
     assert f"chestct has no model card: {tmp_path / 'none.json'} is not there" in caplog.messages
 
 

@@ -48,7 +48,7 @@ def test_student_is_a_model_of_its_own(config, student):
     model, facts = load_trained(student)
     _, teacher = load_trained(config.teacher)
     assert widths_of(model) == TINY
-    assert facts.labels == teacher.labels
+    assert facts.class_names == teacher.class_names
     assert facts.run != teacher.run
     assert facts.domain_threshold != teacher.domain_threshold
     record = json.loads((student / "student.json").read_text())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import training.learn.fit
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from training.common.config import config_from_mapping
 from training.learn.fit import FitConfig, fit, main
 from training.network.vgg16 import build_classifier, load_trained
@@ -37,7 +37,7 @@ def test_training_writes_model_facts_history_and_run(trained):
         "model.keras",
         "run.json",
     ]
-    assert facts.labels == (
+    assert facts.class_names == (
         "adenocarcinoma",
         "large.cell.carcinoma",
         "normal",
@@ -49,7 +49,7 @@ def test_training_writes_model_facts_history_and_run(trained):
 
 
 def test_run_is_finished_and_holds_the_model(trained):
-    facts = ModelFacts.from_parameters(json.loads((trained.model / "facts.json").read_text()))
+    facts = ModelMetadata.from_parameters(json.loads((trained.model / "facts.json").read_text()))
     run = mlflow.get_run(facts.run)
     assert run.info.status == "FINISHED"
     assert run.data.params["weights.source"] == "random"
@@ -130,7 +130,7 @@ def test_failed_write_keeps_the_model_of_before(trained, monkeypatch, tmp_path):
 def test_direct_training_runs(phantoms, tmp_path):
     config = small(phantoms, tmp_path / "train", epochs=1, frozen_layers="direct", batch_size=10)
     fit(config)
-    assert load_trained(config.output)[1].labels
+    assert load_trained(config.output)[1].class_names
 
 
 @pytest.mark.parametrize(

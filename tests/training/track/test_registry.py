@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import mlflow
 import pytest
 
-from chestct.contract import ModelFacts
+from chestct.contract import ModelMetadata
 from training.track.registry import model_folder, promote
 
 
@@ -122,7 +122,7 @@ def test_export_and_parity_take_the_champion(registered, trained, here, tmp_path
     command = ["--config", "export.yaml", "--model", "models:/chestct@champion"]
     assert export.convert.onnx.main(command) == 0
     exported = json.loads((tmp_path / "results/export/facts.json").read_text())
-    assert ModelFacts.from_parameters(exported).run == registered
+    assert ModelMetadata.from_parameters(exported).run == registered
 
     (tmp_path / "parity.yaml").write_text(f"scans: {trained.scans}\nnum_scans: 9\n")
     assert export.check.parity.main(["--config", "parity.yaml"]) == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chestct.contract import SCAN_SIZE, ModelFacts
+from chestct.contract import SCAN_SIZE, ModelMetadata
 from training.common.atomic_io import without_nan
 from training.common.metrics import Floats
 from training.data.dataset import ScanSet, predict_outputs
@@ -20,7 +20,7 @@ from training.score.shortcuts.pointing import map_mass, pointing_game, read_anno
 
 
 def check_shortcuts(
-    model: Any, facts: ModelFacts, test: ScanSet, boxes: Path | None = None
+    model: Any, facts: ModelMetadata, test: ScanSet, boxes: Path | None = None
 ) -> dict[str, Any]:
     """All checks of one model as plain values ready for JSON; None for what is undefined.
 
@@ -38,7 +38,7 @@ def check_shortcuts(
         chestct.errors.ScanDecodeError: An annotated slice cannot be read.
         OSError: A file under `boxes` cannot be read.
     """
-    annotated = None if boxes is None else read_annotated(boxes, facts.labels, facts.window)
+    annotated = None if boxes is None else read_annotated(boxes, facts.class_names, facts.window)
     outputs = predict_outputs(model, test.pixels, "scans as they are")
     probabilities = outputs["probabilities"]
 

@@ -3,6 +3,9 @@
 A process (`chestct.batch.decode_worker`) gets one file at a time through a pipe and answers with
 JSON and raw pixels: nothing that it says is ever executed here, and its environment holds no
 credentials. One that dies, hangs or breaks the protocol is killed; a later file starts another.
+
+The protocol, the pool for threads and the pool for an event loop stay in one file: they share each
+invariant of the framing.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
@@ -21,8 +20,8 @@ from chestct.contract import Window
 from chestct.errors import ScanDecodeError, ServerError
 from chestct.imaging.prepare import Scan, Slice
 from chestct.imaging.sources import Source
-from chestct.inference.client import Predictions, ScanClient
-from chestct.inference.server_pool import Fleet
+from chestct.inference.predictions import Predictions
+from chestct.inference.server_pool import ServerPool
 from chestct.results.records import SliceResult, error_line, result_line
 from chestct.results.resume import ResumeIndex
 from chestct.results.writers import DecodedInput
@@ -30,7 +29,6 @@ from chestct.results.writers import DecodedInput
 __all__ = [
     "DecodedFile",
     "answered_files",
-    "classify_paths",
     "classify_sources",
     "decoded_files",
 ]
@@ -75,7 +73,7 @@ class _Batch:
     def is_full(self, batch_size: int) -> bool:
         return self.num_scans == batch_size or len(self.files) == MOST_FILES * batch_size
 
-    def send(self, fleet: Fleet, with_map: bool) -> None:
+    def send(self, fleet: ServerPool, with_map: bool) -> None:
         if self.num_scans:
             pixels = [
                 file.slice.scan.pixels
@@ -88,35 +86,8 @@ class _Batch:
         return self.answer is not None and not self.answer.done()
 
 
-def classify_paths(
-    client: ScanClient, paths: Iterable[Path], batch_size: int = 8, workers: int | None = None
-) -> Iterator[SliceResult]:
-    """One record for each scan file, in the order of `paths`.
-
-    A file that cannot be decoded, or is no axial CT slice by its DICOM tags, becomes a record of
-    its error, and the rest goes on. The same as `classify_sources` with one server.
-
-    Args:
-        client: A connected client; the requests go to its address by a session of their own.
-        paths: Scan files; drawn from as needed, so it may be endless.
-        batch_size: How many scans go into one request.
-        workers: How many files are decoded at once; by default one for each processor.
-
-    Yields:
-        Records as made by `chestct.results.records`.
-
-    Raises:
-        ServerError: The server failed; what was finished before has been yielded.
-        ValueError: `batch_size` or `workers` below 1.
-    """
-    with DecodePool(workers) as decoders, Fleet.like(client) as fleet:
-        sources = map(Source, paths)
-        for record, _ in classify_sources(fleet, sources, decoders, batch_size):
-            yield record
-
-
 def classify_sources(
-    fleet: Fleet,
+    fleet: ServerPool,
     sources: Iterable[Source | Flush],
     workers: DecodePool,
     batch_size: int = 8,
@@ -154,7 +125,7 @@ def classify_sources(
     known = ResumeIndex() if finished is None else finished
     new = (each for each in sources if isinstance(each, Flush) or not known.is_complete(each.name))
     most_ahead = 4 * (workers.num_workers + batch_size)
-    files = _decoded_ahead(new, fleet.facts.window, workers, known, most_ahead)
+    files = _decoded_ahead(new, fleet.metadata.window, workers, known, most_ahead)
     return _answered_in_order(files, fleet, batch_size, with_map)
 
 
@@ -177,7 +148,7 @@ def _decoded_ahead(
 
 
 def _answered_in_order(
-    files: Iterable[DecodedFile | Flush], fleet: Fleet, batch_size: int, with_map: bool
+    files: Iterable[DecodedFile | Flush], fleet: ServerPool, batch_size: int, with_map: bool
 ) -> Iterator[tuple[SliceResult, DecodedInput]]:
     """Records in the order of the slices, which go to the servers in batches side by side."""
     batch = _Batch()
@@ -195,7 +166,7 @@ def _answered_in_order(
             yield from _finished(sent.popleft())
 
 
-def _has_room(sent: Collection[_Batch], fleet: Fleet) -> bool:
+def _has_room(sent: Collection[_Batch], fleet: ServerPool) -> bool:
     most_sent = fleet.num_requests + 2  # whichever comes back finds the next one waiting
     num_under_way = sum(batch.is_under_way() for batch in sent)
     return num_under_way < most_sent and len(sent) < 4 * most_sent
@@ -223,7 +194,7 @@ def decoded_files(
 
 
 def answered_files(
-    fleet: Fleet, files: list[DecodedFile], with_map: bool
+    fleet: ServerPool, files: list[DecodedFile], with_map: bool
 ) -> list[tuple[SliceResult, DecodedInput]]:
     """Record and origin of each of some files, by one request.
 

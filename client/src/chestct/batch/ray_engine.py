@@ -23,8 +23,8 @@ from chestct.contract import Window
 from chestct.errors import ServerError
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.sources import Source
-from chestct.inference.client import TLSOptions
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
+from chestct.inference.wires import TLSOptions
 from chestct.results.records import SliceResult
 from chestct.results.resume import ResumeIndex
 from chestct.results.writers import DecodedInput
@@ -64,16 +64,16 @@ class _Servers:
     timeout_s: float
     connect_timeout_s: float
     tls: TLSOptions | None
-    patience_s: float
+    unavailable_timeout_s: float
 
-    def fleet(self) -> Fleet:
-        return Fleet(
+    def fleet(self) -> ServerPool:
+        return ServerPool(
             self.urls,
             self.model,
             timeout_s=self.timeout_s,
             connect_timeout_s=self.connect_timeout_s,
             tls=self.tls,
-            patience_s=self.patience_s,
+            unavailable_timeout_s=self.unavailable_timeout_s,
         )
 
 
@@ -102,7 +102,7 @@ class RayCluster:
 
     def classify(
         self,
-        fleet: Fleet,
+        fleet: ServerPool,
         sources: Iterable[Source | Flush],
         *,
         with_map: bool = False,
@@ -125,12 +125,12 @@ class RayCluster:
         known = ResumeIndex() if finished is None else finished
         servers = _Servers(
             fleet.urls, fleet.model, fleet.timeout_s, fleet.connect_timeout_s, fleet.tls,
-            fleet.patience_s,
+            fleet.unavailable_timeout_s,
         )  # fmt: skip
         coming = (source for source in sources if isinstance(source, Source))
         try:
             while some := list(islice(coming, SOURCES_AT_ONCE)):
-                for record, item in self._results(some, servers, fleet.facts.window, with_map):
+                for record, item in self._results(some, servers, fleet.metadata.window, with_map):
                     path = record["path"]
                     if path in known.pending:
                         yield known.pending[path], item

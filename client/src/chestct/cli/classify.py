@@ -23,7 +23,7 @@ from chestct.cli.options import add_list, add_number, add_server_options, fleet_
 from chestct.cli.outputs import earlier_records, open_outputs
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
 from chestct.imaging.sources import SCAN_SUFFIXES, Source
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
 from chestct.results.formats import FORMATS
 from chestct.results.records import Record, SliceResult, json_text
 from chestct.results.resume import ResumeIndex
@@ -120,8 +120,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="of the Ray cluster (one is started on this machine)",
     )
-    add_number(
-        speed, "--patience-s", "S", 3.0, "how long all servers may be away before the run ends"
+    speed.add_argument(
+        "--unavailable-timeout-s",
+        "--patience-s",
+        type=float,
+        metavar="S",
+        help="how long all servers may be unavailable before the run ends (60; no limit with "
+        "--watch)",
     )
 
 
@@ -195,7 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if batch.tally.num_failed else DONE
 
 
-def _cluster(arguments: argparse.Namespace, fleet: Fleet, workers: DecodePool) -> RayCluster:
+def _cluster(arguments: argparse.Namespace, fleet: ServerPool, workers: DecodePool) -> RayCluster:
     from chestct.batch.ray_engine import RayCluster, RayOptions
 
     return RayCluster(
@@ -272,7 +277,7 @@ class _Run:
     def __init__(
         self,
         arguments: argparse.Namespace,
-        fleet: Fleet,
+        fleet: ServerPool,
         outputs: Sequence[Output],
         finished: ResumeIndex,
         stack: contextlib.ExitStack,
@@ -282,7 +287,7 @@ class _Run:
         self._stream = stream
         self.finished = finished
         self._has_series = not arguments.no_series
-        self._table = None if arguments.json else Table(fleet.facts.labels, stream)
+        self._table = None if arguments.json else Table(fleet.metadata.class_names, stream)
         self.tally = stack.enter_context(
             Tally(fleet, arguments.paths, has_table=self._table is not None)
         )

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from chestct.contract import NOT_A_MEDICAL_DEVICE
 from chestct.errors import OutOfDomainError
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
 from chestct.results.records import Record, plain_text
 
 DONE, SOME_FAILED, WRONG_USAGE, NO_SERVER = 0, 1, 2, 3
@@ -63,7 +63,7 @@ class Table:
 class Tally:
     """Counts what was done; shows progress on a terminal and a summary at the end."""
 
-    def __init__(self, fleet: Fleet, paths: Sequence[str], *, has_table: bool) -> None:
+    def __init__(self, fleet: ServerPool, paths: Sequence[str], *, has_table: bool) -> None:
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
@@ -72,7 +72,7 @@ class Tally:
         self._num_outside = 0
         # Who names a file wants to know about it; a folder may hold anything.
         self._named = {path for path in paths if os.path.isfile(path)}
-        self._asked = _model_text(fleet.model, fleet.model_version, fleet.facts.run)
+        self._asked = _model_text(fleet.model, fleet.model_version, fleet.metadata.run)
         self._answered: dict[str, None] = {}
         self._start_s = time.perf_counter()
         self._shown_s = -PROGRESS_PERIOD_S

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import sys
 from pathlib import Path
 
 from chestct.cli.console import UsageError
+from chestct.client import ScanClient
 from chestct.contract import MODEL_NAME
-from chestct.inference.client import ScanClient, TLSOptions
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import UNAVAILABLE_TIMEOUT_S, ServerPool
+from chestct.inference.wires import TLSOptions
 
 Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -65,38 +66,36 @@ def client_of(arguments: argparse.Namespace) -> ScanClient:
     Raises:
         UsageError: An option is wrong.
     """
-    url = urls_of(arguments)[-1]
-    if url.startswith("http"):
-        import tritonclient.http  # noqa: F401
-
-        # Comes with the line above, and would print an interrupt before it raises it.
-        sys.modules["gevent"].get_hub().exception_stream = None
     try:
         return ScanClient(
-            url,
+            urls_of(arguments)[-1],
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
+            unavailable_timeout_s=0,  # `health` tells it, and the node waits by itself
             tls=tls_of(arguments),
         )
     except ValueError as error:
         raise UsageError(error) from error
 
 
-def fleet_of(arguments: argparse.Namespace) -> Fleet:
+def fleet_of(arguments: argparse.Namespace) -> ServerPool:
     """All servers, not connected yet.
 
     Raises:
         UsageError: An option is wrong.
     """
+    unavailable_timeout_s = arguments.unavailable_timeout_s
+    if unavailable_timeout_s is None:
+        unavailable_timeout_s = math.inf if arguments.watch else UNAVAILABLE_TIMEOUT_S
     try:
-        return Fleet(
+        return ServerPool(
             urls_of(arguments),
             arguments.model,
             timeout_s=arguments.timeout_s,
             connect_timeout_s=arguments.connect_timeout_s,
             tls=tls_of(arguments),
-            patience_s=arguments.patience_s,
+            unavailable_timeout_s=unavailable_timeout_s,
         )
     except ValueError as error:
         raise UsageError(error) from error

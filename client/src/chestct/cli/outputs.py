@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chestct.batch.decode_pool import DecodePool
 from chestct.cli.console import UsageError
-from chestct.inference.server_pool import Fleet
+from chestct.inference.server_pool import ServerPool
 from chestct.results.formats import format_of, open_records
 from chestct.results.parquet import journal_of
 from chestct.results.writers import Output, RecordFile
@@ -41,13 +41,13 @@ def earlier_records(arguments: argparse.Namespace) -> RecordFile | None:
 
 def open_outputs(
     arguments: argparse.Namespace,
-    fleet: Fleet,
+    fleet: ServerPool,
     workers: DecodePool,
     records: RecordFile | None,
     stack: contextlib.ExitStack,
 ) -> list[Output]:
     """Everything that is written to; the records come last, see `chestct.results.writers`."""
-    labels = fleet.facts.labels
+    labels = fleet.metadata.class_names
     outputs: list[Output] = []
     if arguments.overlays is not None or arguments.html is not None:
         from chestct.results.overlays import HtmlReport, OverlayPngs
@@ -62,7 +62,7 @@ def open_outputs(
         from chestct.pacs.reports import DicomReports
 
         try:
-            outputs.append(DicomReports(arguments.dicom_sr, fleet.facts.window, workers))
+            outputs.append(DicomReports(arguments.dicom_sr, fleet.metadata.window, workers))
         except ImportError as error:
             raise UsageError(error) from error
     for output in outputs:

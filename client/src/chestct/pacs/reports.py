@@ -24,14 +24,13 @@ from PIL import Image, ImageDraw
 
 from chestct.batch.decode_pool import DecodePool
 from chestct.batch.pipeline import classify_sources
+from chestct.client import ScanClient
 from chestct.contract import NOT_A_MEDICAL_DEVICE, Window
 from chestct.errors import OutOfDomainError, ReportError, ScanDecodeError
 from chestct.imaging._warnings import without_warnings
 from chestct.imaging.body import body_box
 from chestct.imaging.metadata import SliceMetadata
 from chestct.imaging.sources import Source
-from chestct.inference.client import ScanClient
-from chestct.inference.server_pool import Fleet
 from chestct.results.overlays import overlay_of
 from chestct.results.records import SeriesResult, SliceResult
 from chestct.results.series import SeriesSlice, series_record
@@ -206,15 +205,15 @@ def classify_series(
         ImportError: highdicom is not installed; the message says what to do.
     """
     _require_highdicom()
+    window = client.metadata.window
     found: list[tuple[SliceResult, Source, SliceMetadata]] = []
     maps: dict[str, npt.NDArray[np.float32] | None] = {}
     num_failed = num_refused = 0
     with contextlib.ExitStack() as stack:
         decoders = workers or stack.enter_context(DecodePool())
-        fleet = stack.enter_context(Fleet.like(client))
         checkpoint()
         sources = map(Source, files)
-        for record, item in classify_sources(fleet, sources, decoders, with_map=with_capture):
+        for record, item in classify_sources(client, sources, decoders, with_map=with_capture):
             checkpoint()
             if item.scan is not None:
                 found.append((record, item.source, item.scan.metadata or SliceMetadata()))
@@ -241,7 +240,7 @@ def classify_series(
             )
             evidence = maps[path]
             if evidence is not None:
-                grey = decoders.load_grey(source, client.facts.window, frame=facts.frame)
+                grey = decoders.load_grey(source, window, frame=facts.frame)
                 objects["sc"] = secondary_capture(series, slices, _picture(series, grey, evidence))
     return {kind: _file_bytes(dataset) for kind, dataset in objects.items()}
 

@@ -30,7 +30,7 @@ from chestct.contract import NOT_A_MEDICAL_DEVICE
 if TYPE_CHECKING:
     import numpy as np
 
-    from chestct.inference.client import Predictions
+    from chestct.inference.predictions import Predictions
 
 __all__ = [
     "KeySlice",
@@ -324,15 +324,17 @@ def result_line(
     Returns:
         With `reasons` only if there are any: those of the file, then that of the network.
     """
-    facts = predictions.facts
+    facts = predictions.metadata
     why_not = [*reasons, *predictions.reasons[index]]
     line: SliceResult = {
         "path": path,
         "status": "ok",
-        "label": predictions.labels[index],
+        "label": predictions.predicted_labels[index],
         "probabilities": {
             label: _shortest(value)
-            for label, value in zip(facts.labels, predictions.probabilities[index], strict=True)
+            for label, value in zip(
+                facts.class_names, predictions.probabilities[index], strict=True
+            )
         },
         "in_domain": not why_not,
         "reasons": why_not,

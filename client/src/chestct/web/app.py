@@ -20,11 +20,11 @@ from starlette.types import Receive, Scope, Send
 
 from chestct import __version__
 from chestct.batch.decode_pool import DecodedSlice, Picture
-from chestct.contract import NOT_A_MEDICAL_DEVICE
+from chestct.contract import NOT_A_MEDICAL_DEVICE, ModelMetadata
 from chestct.errors import ScanDecodeError, ServerError
 from chestct.imaging.metadata import SliceMetadata
 from chestct.imaging.prepare import Scan
-from chestct.inference.client import Predictions
+from chestct.inference.predictions import Predictions
 from chestct.results.records import SliceResult, error_line, json_text, result_line
 from chestct.web.decoder import Decoder
 from chestct.web.metrics import Metrics
@@ -172,7 +172,7 @@ class _Service:
                 "version": version,
                 "run": facts.run,
                 "precision": facts.precision,
-                "labels": list(facts.labels),
+                "labels": list(facts.class_names),
                 "window": {
                     "center_hu": facts.window.center_hu,
                     "width_hu": facts.window.width_hu,
@@ -241,13 +241,13 @@ class _Service:
         num_scans = 0
         try:
             for upload in uploads:
-                async for name, found in self._scans(upload, side):
+                async for name, found, metadata in self._scans(upload, side):
                     num_scans += 1
                     if num_scans > self.settings.max_scans:
                         text = f"more than {self.settings.max_scans} slices in one upload"
                         yield error_line(upload.name, UploadError(413, text))
                         return
-                    waiting.append(asyncio.create_task(self._line(name, found)))
+                    waiting.append(asyncio.create_task(self._line(name, found, metadata)))
                     while waiting and (waiting[0].done() or len(waiting) > AHEAD):
                         yield await waiting.popleft()
             while waiting:
@@ -258,25 +258,30 @@ class _Service:
 
     async def _scans(
         self, upload: Upload, side: int
-    ) -> AsyncGenerator[tuple[str, DecodedSlice | ServerError], None]:
+    ) -> AsyncGenerator[tuple[str, DecodedSlice | ServerError, ModelMetadata | None], None]:
+        """Slices of an upload by name, and the metadata whose window they are shown in."""
         try:
-            window = self.link.facts.window
+            metadata = self.link.facts
         except ServerError as error:
-            yield upload.name, error
+            yield upload.name, error, None
             return
-        async with contextlib.aclosing(self.decoder.scans(upload, window, side)) as scans:
+        async with contextlib.aclosing(self.decoder.scans(upload, metadata.window, side)) as scans:
             async for scan in scans:
-                yield scan.name, scan
+                yield scan.name, scan, metadata
 
-    async def _line(self, name: str, found: DecodedSlice | ServerError) -> SliceResult:
-        line = await self._record(name, found)
+    async def _line(
+        self, name: str, found: DecodedSlice | ServerError, metadata: ModelMetadata | None
+    ) -> SliceResult:
+        line = await self._record(name, found, metadata)
         self.metrics.scans.labels(
             line["status"], line.get("label", line.get("error", {}).get("type"))
         ).inc()
         self.metrics.outside.inc(line.get("in_domain") is False)
         return line
 
-    async def _record(self, name: str, found: DecodedSlice | ServerError) -> SliceResult:
+    async def _record(
+        self, name: str, found: DecodedSlice | ServerError, metadata: ModelMetadata | None
+    ) -> SliceResult:
         if isinstance(found, ServerError):
             return error_line(name, found)
         scan = found.scan
@@ -285,7 +290,8 @@ class _Service:
         self.metrics.decode_s.observe(found.decode_ms / 1000)
         start = time.perf_counter()
         try:
-            predictions = await self.link.classify(scan.pixels, found.picture is not None)
+            with_map = found.picture is not None
+            predictions = await self.link.classify(scan.pixels, with_map, metadata)
         except ServerError as error:
             return error_line(name, error)
         infer_ms = 1000 * (time.perf_counter() - start)
@@ -300,9 +306,9 @@ class _Service:
         )
         if found.picture is None:
             return line
-        metadata = scan.metadata or SliceMetadata()
-        series = self.decoder.series_alias(metadata.series_uid)
-        view = _view(scan, found.picture, predictions, series, metadata.position_mm)
+        of_slice = scan.metadata or SliceMetadata()
+        series = self.decoder.series_alias(of_slice.series_uid)
+        view = _view(scan, found.picture, predictions, series, of_slice.position_mm)
         shown: PageResult = {**line, "view": view}
         return shown
 
@@ -322,7 +328,7 @@ def _view(
         maps = predictions.activation_map[0].transpose(2, 0, 1)
         evidence = {
             label: [[round(float(value), 3) for value in row] for row in places]
-            for label, places in zip(predictions.facts.labels, maps, strict=True)
+            for label, places in zip(predictions.metadata.class_names, maps, strict=True)
         }
     return {
         "network": {

@@ -11,14 +11,16 @@ from collections.abc import AsyncIterator
 import numpy as np
 import numpy.typing as npt
 
-from chestct.contract import ModelFacts
+from chestct.client import AsyncScanClient
+from chestct.contract import ModelMetadata
 from chestct.errors import (
     ContractError,
     InferenceError,
+    ModelExchangedError,
     ServerError,
     ServerUnavailableError,
 )
-from chestct.inference.client import AsyncScanClient, Health, Predictions
+from chestct.inference.predictions import Health, Predictions
 from chestct.web.settings import WebSettings
 
 __all__ = ["ModelLink"]
@@ -50,7 +52,7 @@ class ModelLink:
             timeout_s=settings.timeout_s,
             connect_timeout_s=LOOK_TIMEOUT_S,
             tls=settings.tls,
-            retries=0,
+            unavailable_timeout_s=0,
         )
         self._trouble: ServerError | None = ServerUnavailableError(
             f"{settings.url}: not connected yet"
@@ -80,14 +82,14 @@ class ModelLink:
         return self._trouble
 
     @property
-    def facts(self) -> ModelFacts:
+    def facts(self) -> ModelMetadata:
         """What the model told of itself when it was looked at last.
 
         Raises:
             ServerError: There is no usable model.
         """
         self._require()
-        return self._client.facts
+        return self._client.metadata
 
     @property
     def version(self) -> str:
@@ -99,8 +101,10 @@ class ModelLink:
         self._require()
         return self._client.model_version
 
-    async def classify(self, scan: npt.NDArray[np.uint8], with_map: bool) -> Predictions:
-        """What the model says of one scan, uint8 (224, 224, 1).
+    async def classify(
+        self, scan: npt.NDArray[np.uint8], with_map: bool, prepared_for: ModelMetadata | None
+    ) -> Predictions:
+        """What the model says of one scan, uint8 (224, 224, 1), in the window of `prepared_for`.
 
         Raises:
             ServerError: There is no usable model, or it failed.
@@ -108,9 +112,13 @@ class ModelLink:
         async with self._slots:
             self._require()
             try:
-                return await self._client.classify(scan[np.newaxis], with_map)
-            except (ServerUnavailableError, ContractError, InferenceError) as error:
-                if not isinstance(error, InferenceError):
+                return await self._client.infer(
+                    scan[np.newaxis], with_map=with_map, prepared_for=prepared_for
+                )
+            except (
+                ServerUnavailableError, ContractError, ModelExchangedError, InferenceError
+            ) as error:  # fmt: skip
+                if not isinstance(error, InferenceError | ModelExchangedError):
                     self._trouble = error
                 self._look_now.set()
                 raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from chestct.contract import MODEL_NAME
 from chestct.imaging.limits import DECODE_MEMORY_BYTES
-from chestct.inference.client import TLSOptions
+from chestct.inference.wires import TLSOptions
 
 __all__ = ["WebSettings"]
 
