@@ -308,7 +308,7 @@ def test_from_an_event_loop(good: Source) -> None:
     task = {"name": "sent.dcm", "window": [-600, 1500], "side": 32, "first": 0}
 
     async def run() -> None:
-            pool = DecodePool(2)
+        pool = DecodePool(2)
         await pool.fill()
         assert len(children()) == 2
         for _ in range(3):
