@@ -192,7 +192,7 @@ def test_all_servers_dead_fail_after_patience(
     ("key", "text", "said"),
     [
         ("training_run", "run-8", {"run is run-8, expected run-7", "run is run-7, expected run-8"}),
-        ("labels", '["a", "b", "c", "d"]', {"labels is"}),
+        ("labels", '["a", "b", "c", "d"]', {"class_names is"}),
         ("window_center_hu", "40.0", {"window is"}),
     ],
 )
