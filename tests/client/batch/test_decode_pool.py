@@ -65,19 +65,24 @@ def _own_children() -> None:
 
 def children() -> set[int]:
     """The decoding processes of this test."""
-    found = set()
-    for task in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
-        for child in task.read_text().split():
-            with contextlib.suppress(FileNotFoundError):
-                if b"decode_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.add(int(child))
-    return found - _of_other_tests
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    found = {int(child) for task in tasks for child in task.read_text().split()}
+    return {child for child in found if b"decode_worker" in command_line(child)} - _of_other_tests
+
+
+def command_line(pid: int) -> bytes:
+    """Empty once the process has ended, and for a moment while its program is loaded."""
+    while is_alive(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if text := Path(f"/proc/{pid}/cmdline").read_bytes():
+                return text
+    return b""
 
 
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
