@@ -67,8 +67,7 @@ def children() -> set[int]:
     """The decoding processes of this test."""
     tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     found = {int(child) for task in tasks for child in task.read_text().split()}
-    found -= _of_other_tests
-    return {child for child in found if b"decode_worker" in command_line(child)}
+    return {child for child in found if b"decode_worker" in command_line(child)} - _of_other_tests
 
 
 def command_line(pid: int) -> bytes:
@@ -314,7 +313,7 @@ def test_from_an_event_loop(good: Source) -> None:
     task = {"name": "sent.dcm", "window": [-600, 1500], "side": 32, "first": 0}
 
     async def run() -> None:
-            pool = DecodePool(2)
+        pool = DecodePool(2)
         await pool.fill()
         assert len(children()) == 2
         for _ in range(3):

@@ -23,7 +23,6 @@ from chestct.inference.proxies import (
     GRPC_VARIABLES,
     grpc_proxy,
     is_loopback,
-    url_opener,
     url_proxy,
     without_credentials,
 )
@@ -145,18 +144,6 @@ def test_the_command_reaches_loopback_too(grpc_peer, company, tmp_path, capsys):
     Image.fromarray(np.arange(80 * 80, dtype=np.uint8).reshape(80, 80)).save(tmp_path / "a.png")
     code = cli.main(["classify", str(tmp_path / "a.png"), "--json", "--url", grpc_peer.url])
     assert (code, company.asked) == (0, []), capsys.readouterr().err
-
-
-def test_urllib_reaches_loopback_directly_and_others_by_the_proxy(make_peer, company):
-    peer = make_peer("http")
-    url = f"{peer.url}/v2/health/live"
-    with url_opener(url).open(url, timeout=5) as answer:
-        assert answer.status == 200
-    assert company.asked == []
-    elsewhere = "http://triton.test:8000/v2/health/live"
-    with pytest.raises(OSError, match="403"):
-        url_opener(elsewhere).open(elsewhere, timeout=5)
-    assert company.asked == [f"GET {elsewhere} HTTP/1.1"]
 
 
 @pytest.mark.parametrize("variable", GRPC_VARIABLES)

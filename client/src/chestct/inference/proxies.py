@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    import ssl
-    from urllib.request import OpenerDirector
+    pass
 
-__all__ = ["Proxy", "grpc_proxy", "is_loopback", "url_opener", "url_proxy", "without_credentials"]
+__all__ = ["Proxy", "grpc_proxy", "is_loopback", "url_proxy", "without_credentials"]
 
 GRPC_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 GRPC_EXCEPTIONS = ("no_grpc_proxy", "no_proxy")
@@ -79,18 +78,6 @@ def url_proxy(url: str) -> Proxy | None:
     if not os.environ.get(variable):
         variable = variable.upper()
     return Proxy(variable, without_credentials(value), host)
-
-
-def url_opener(url: str, context: ssl.SSLContext | None = None) -> OpenerDirector:
-    """An opener of urllib that takes the environment's proxies, and none to loopback."""
-    from urllib.request import BaseHandler, HTTPSHandler, ProxyHandler, build_opener
-
-    handlers: list[BaseHandler] = []
-    if is_loopback(urlsplit(url).hostname or ""):
-        handlers.append(ProxyHandler({}))
-    if context is not None:
-        handlers.append(HTTPSHandler(context=context))
-    return build_opener(*handlers)
 
 
 def without_credentials(address: str) -> str:
