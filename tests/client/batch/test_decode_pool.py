@@ -264,7 +264,6 @@ def test_answers_that_break_the_protocol_are_crashes(
     decoded(pool.submit(good, LUNG_WINDOW))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_process_holds_no_credentials_and_can_write_no_file(
     pool: DecodePool, good: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -361,7 +360,6 @@ def test_schema_is_that_of_the_records(
         schema.validate(line)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_completion_completes_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit, match="0"):

@@ -196,7 +196,7 @@ def _require_grey(dataset: Dataset, name: str, max_pixels: int) -> None:
     interpretation = dataset.get("PhotometricInterpretation")
     if interpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanDecodeError(
-            f"{name}: photometric interpretation {interpretation}, expected one grey channel "
+            f"{name}: photometric interpretation {interpretation!r}, expected one grey channel "
             "(MONOCHROME1 or MONOCHROME2). Send the original CT slice."
         )
 
