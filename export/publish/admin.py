@@ -71,14 +71,22 @@ class TritonAdmin:
             index = client.get_model_repository_index(headers=self._headers)
         return {item["name"] for item in index if item.get("state") == "READY"}
 
+    def _ssl_context(self) -> Any:
+        """The certificates given, or the system's: tritonclient's default is a store of its own."""
+        from gevent.ssl import create_default_context
+
+        tls = self._tls or TLSOptions()
+        context = create_default_context(cafile=tls.ca)
+        if tls.cert is not None:
+            context.load_cert_chain(tls.cert, tls.key)
+        return context
+
     @contextmanager
     def _client(self, request: str) -> Iterator[Any]:
         """A client of tritonclient for one request, whose errors become ValueError and OSError."""
         from tritonclient.http import InferenceServerClient
         from tritonclient.utils import InferenceServerException
 
-        tls = self._tls or TLSOptions()
-        files = {"ca_certs": tls.ca, "certfile": tls.cert, "keyfile": tls.key}
         parts = urlsplit(self.url)
         try:
             with InferenceServerClient(
@@ -86,7 +94,7 @@ class TritonAdmin:
                 connection_timeout=self._timeout_s,
                 network_timeout=self._timeout_s,
                 ssl=parts.scheme == "https",
-                ssl_options={name: str(path) for name, path in files.items() if path is not None},
+                ssl_context_factory=self._ssl_context,
             ) as client:
                 yield client
         except InferenceServerException as error:

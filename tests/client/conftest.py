@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import ssl
 import threading
 import time
@@ -253,6 +255,12 @@ class HttpServer(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         """A client that goes away in the middle is part of the tests."""
+
+    def close_idle(self) -> None:
+        """Close the connections, as a proxy closes those that are not used for a while."""
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def die(self) -> None:
         self.shutdown()

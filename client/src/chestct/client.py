@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -133,7 +142,7 @@ class ScanClient(ServerPool):
         batch_size: int = 8,
         workers: int | None = None,
         with_map: bool = False,
-    ) -> Iterator[Record]:
+    ) -> Generator[Record, None, None]:
         """Classify many files: decoded ahead, sent in batches, in order.
 
         Args:
@@ -291,8 +300,12 @@ class AsyncScanClient:
     ) -> AsyncIterator[Record]:
         """See `ScanClient.classify_many`."""
         records = self._client.classify_many(sources, **options)
-        while (record := await self._run(next, records, None)) is not None:
-            yield record
+        try:
+            while (record := await self._run(next, records, None)) is not None:
+                yield record
+        finally:
+            with contextlib.suppress(ValueError):  # a cancelled `next` still runs in its thread
+                await self._run(records.close)
 
     async def classify_series(
         self, source: PathLike | Sequence[PathLike], *, with_uids: bool = False

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chestct.batch import decode_pool
 from chestct.batch.decode_pool import DecodedSlice, DecodePool, DecoderLostError
 from chestct.contract import LUNG_WINDOW
 from chestct.errors import DecoderCrashedError, ScanDecodeError
@@ -262,6 +263,18 @@ def test_answers_that_break_the_protocol_are_crashes(
     assert isinstance(error, DecoderCrashedError)
     assert "sent no result" in str(error)
     decoded(pool.submit(good, LUNG_WINDOW))
+
+
+@pytest.mark.parametrize("lengths", [(2, 101), (2**20 + 1, 0)])
+def test_more_than_was_asked_for_is_refused_before_it_is_read(lengths: tuple[int, int]) -> None:
+    async def run() -> None:
+        worker = object.__new__(decode_pool._Worker)
+        worker._stdout = asyncio.StreamReader()
+        worker._stdout.feed_data(struct.pack(">II", *lengths))  # and no more
+        with pytest.raises(ValueError, match="a message of"):
+            await asyncio.wait_for(worker.receive(100), 60)
+
+    asyncio.run(run())
 
 
 def test_process_holds_no_credentials_and_can_write_no_file(

@@ -188,6 +188,43 @@ def test_all_servers_dead_fail_after_patience(
                 answer.result()
 
 
+def test_many_dead_servers_are_waited_for_as_long_as_few(
+    make_peer: Callable[..., Any], scans: np.ndarray
+) -> None:
+    peers = [make_peer("grpc") for _ in range(5)]
+    with ServerPool([peer.url for peer in peers], unavailable_timeout_s=1.0) as pool:
+        for peer in peers:
+            peer.die()
+        started_s = time.monotonic()
+        with pytest.raises(ServerUnavailableError):
+            pool.infer(scans[:1])
+        assert time.monotonic() - started_s >= 1.0
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_request_that_a_server_does_not_answer_goes_to_another_one(
+    make_peer: Callable[..., Any], scans: np.ndarray, protocol: str
+) -> None:
+    peers = [make_peer(protocol) for _ in range(3)]
+    with ServerPool([peer.url for peer in peers], timeout_s=1.0) as pool:
+        before = [len(peer.model.requests) for peer in peers]
+        peers[0].model.delay_s = 5.0
+        assert pool.infer(scans[:1]).run == "run-7"
+        asked = [len(peer.model.requests) - n for peer, n in zip(peers, before, strict=True)]
+        assert asked[0] <= 1
+        assert sum(asked[1:]) == 1
+
+
+def test_http_connection_that_was_closed_while_idle_is_opened_anew(
+    make_peer: Callable[..., Any], scans: np.ndarray
+) -> None:
+    peer = make_peer("http")
+    with ServerPool(peer.url, unavailable_timeout_s=0) as pool:
+        for _ in range(3):
+            assert pool.infer(scans[:1]).run == "run-7"
+            peer.http.close_idle()
+
+
 @pytest.mark.parametrize(
     ("key", "text", "said"),
     [

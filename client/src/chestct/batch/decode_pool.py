@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import struct
@@ -51,6 +52,7 @@ NUM_IN_THREADS = 64  # files; fewer are not worth the start of processes
 MAX_BYTES_IN_THREADS = 2**20  # a slice of 512 x 512 has half of it
 MAX_WORKERS = 32
 MAX_MESSAGE_BYTES = 2 * MAX_PIXELS
+MAX_HEADER_BYTES = 2**20
 START_LIMIT_S = 120.0  # of an interpreter with numpy, on a machine that is busy
 START_PAUSES_S = (0.1, 0.5, 2.0)  # before each further try to start a process
 END_LIMIT_S = 10.0
@@ -233,16 +235,21 @@ class DecodePool:
             DecoderLostError: The process was lost.
         """
         lost = DecoderLostError(CRASH, NO_RESULT)
+        most_bytes = MAX_MESSAGE_BYTES
+        if "side" in task:  # a scan, and a picture of 16 bits or three colours
+            most_bytes = math.prod(SCAN_SHAPE) + 3 * int(task["side"]) ** 2
         async with self._slots:
             worker = await self._taken()
             is_free = has_slices = False
             try:
+                lost.kind, lost.args = TIMEOUT, (f"did not start within {START_LIMIT_S:g} s",)
                 async with asyncio.timeout(START_LIMIT_S):
                     await worker.send({**task, "num_bytes": len(data)}, data)
+                lost.kind, lost.args = TIMEOUT, (f"was not done within {self.limit_s:g} s",)
                 deadline_s = self._deadline_s()
                 while True:
                     async with asyncio.timeout_at(deadline_s):
-                        header, blobs = await worker.receive()
+                        header, blobs = await worker.receive(most_bytes)
                     if header["kind"] == "end":
                         is_free = has_slices or bool(task.get("first"))
                         if is_free:
@@ -256,12 +263,12 @@ class DecodePool:
                     if limits_each:
                         deadline_s = self._deadline_s()
             except TimeoutError as error:
-                lost.kind, lost.args = TIMEOUT, (f"was not done within {self.limit_s:g} s",)
                 raise lost from error
             except (EOFError, OSError) as error:
                 lost.kind, lost.args = await worker.end()
                 raise lost from error
             except (LookupError, ValueError, TypeError, RecursionError) as error:
+                lost.kind, lost.args = CRASH, (NO_RESULT,)
                 raise lost from error
             finally:
                 if is_free:
@@ -367,10 +374,10 @@ class _Worker:
         self._stdin.write(data)
         await self._stdin.drain()
 
-    async def receive(self) -> Message:
-        """The next message: a header and the bytes that it announces."""
+    async def receive(self, most_bytes: int = 0) -> Message:
+        """The next message: a header, and the bytes that it announces, at most `most_bytes`."""
         lengths = struct.unpack(">II", await self._stdout.readexactly(8))
-        if max(lengths) > MAX_MESSAGE_BYTES:
+        if lengths[0] > MAX_HEADER_BYTES or lengths[1] > most_bytes:
             raise ValueError(f"a message of {lengths} bytes")
         content = memoryview(await self._stdout.readexactly(sum(lengths)))
         header = json.loads(bytes(content[: lengths[0]]))

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 WITHOUT_MAP = tuple(name for name in OUTPUT_NAMES if name != "activation_map")
 UNHEALTHY_THRESHOLD = 3  # failures in a row
-MAX_ATTEMPTS = 10  # of one request, which may be what the servers fail at
+MAX_ROUNDS = 10  # of one request over the servers; it may be what they fail at
 RETRY_PAUSE_S = 0.1
 UNAVAILABLE_TIMEOUT_S = 60.0  # a restart of Triton with a large model
 FIRST_PROBE_S, LONGEST_PROBE_S = 0.2, 10.0
@@ -357,9 +357,9 @@ class ServerPool:
     ) -> tuple[str, Predictions]:
         """Address and answer of one request, sent again as long as it makes sense."""
         give_up: float | None = None
-        tried: set[str] = set()
-        for _ in range(MAX_ATTEMPTS):
-            with self._free_server(call.is_queued, deadline, give_up) as server:
+        tried: set[str] = set()  # in this round
+        for _ in range(MAX_ROUNDS * len(self._servers)):
+            with self._free_server(call.is_queued, deadline, give_up, tried) as server:
                 try:
                     url = server.connection.url
                     return url, self._send(server, scans, call, deadline)
@@ -377,6 +377,7 @@ class ServerPool:
                 if time.monotonic() >= give_up:
                     raise last
                 self._closed.wait(random.uniform(RETRY_PAUSE_S / 2, RETRY_PAUSE_S))
+                tried.clear()
         raise last
 
     def _send(
@@ -420,12 +421,20 @@ class ServerPool:
 
     @contextmanager
     def _free_server(
-        self, is_queued: bool, deadline: float | None, give_up: float | None
+        self, is_queued: bool, deadline: float | None, give_up: float | None, tried: set[str]
     ) -> Iterator[_Server]:
-        """The healthy server with the most free capacity; if queued, as soon as one has any."""
+        """The healthy server with the most free capacity; if queued, as soon as one has any.
+
+        Servers that were not tried in this round go first.
+        """
+
+        def rank(server: _Server) -> tuple[bool, bool, bool, float]:
+            free, is_new = server.free_capacity, server.connection.url not in tried
+            return server.is_healthy, free > 0, is_new, free
+
         with self._changed:
             while True:
-                server = max(self._servers, key=lambda each: (each.is_healthy, each.free_capacity))
+                server = max(self._servers, key=rank)
                 if server.is_healthy and (server.free_capacity > 0 or not is_queued):
                     server.num_sent += 1
                     break

@@ -29,6 +29,8 @@ ScanArray = npt.NDArray[np.uint8]
 
 MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC's own default of 4 MiB is too small for a batch of maps
 READ_BYTES = 2**16
+# Of a connection that the peer, or a proxy, closed while nobody used it.
+CLOSED_WHILE_IDLE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 DTYPES = {"FP32": np.float32, "FP64": np.float64, "FP16": np.float16}  # others are not looked into
 
 
@@ -167,6 +169,7 @@ class HttpWire:
         self._lock = threading.Lock()
         self._idle: list[http.client.HTTPConnection] = []
         self._busy: set[http.client.HTTPConnection] = set()
+        self._num_closings = 0
 
     def is_live(self, timeout_s: float) -> bool:
         """Whether the server is live."""
@@ -219,6 +222,7 @@ class HttpWire:
     def close(self) -> None:
         """Close the connections; calls under way fail."""
         with self._lock:
+            self._num_closings += 1
             for connection in self._busy:  # wakes whoever waits for an answer on it
                 with contextlib.suppress(OSError):
                     if connection.sock is not None:
@@ -248,7 +252,8 @@ class HttpWire:
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         deadline = time.monotonic() + timeout_s
         with self._lock:
-            connection = self._idle.pop() if self._idle else self._new_connection()
+            is_reused, num_closings = bool(self._idle), self._num_closings
+            connection = self._idle.pop() if is_reused else self._new_connection()
             self._busy.add(connection)
         try:
             connection.timeout = timeout_s
@@ -264,12 +269,15 @@ class HttpWire:
                 if connection.sock is not None:  # closed after the last answer on it
                     connection.sock.settimeout(remaining(deadline))
             response.close()
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._busy.discard(connection)
                 stale, self._idle = self._idle, []
+                is_open = num_closings == self._num_closings
             for each in (connection, *stale):  # the server closes them all when it ends
                 each.close()
+            if is_reused and is_open and isinstance(error, CLOSED_WHILE_IDLE):
+                return self._send(method, path, remaining(deadline), body, headers)
             raise
         with self._lock:
             self._busy.discard(connection)
