@@ -70,7 +70,7 @@ def fallen(new: dict[str, float], old: dict[str, float], allowed: float) -> list
 
 
 def compare(result: Path, baseline: Path, allowed: float) -> int:
-    """Compare two result files and say what fell; the exit code of the command.
+    """Compare two result files and report regressions; the exit code of the command.
 
     Raises:
         ValueError: A file is no result, the two have no row in common, or `allowed` is no part.
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         description=inspect.getdoc(main),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="JSON of benchmarks latency or .throughput")
+    parser.add_argument("result", type=Path, help="JSON of benchmarks latency or throughput")
     parser.add_argument("--baseline", type=Path, required=True, help="the committed JSON")
     parser.add_argument(
         "--allowed", type=float, default=0.15, help="part that noise may take (%(default)s)"

@@ -29,7 +29,7 @@ THREADS = "intra_op_thread_count"  # the parameter of config.pbtxt
 
 @config_class
 class MeasuredConfig:
-    """What a benchmark of the variants is told, whatever it measures.
+    """Settings shared by the benchmarks of the variants.
 
     Attributes:
         model: Folder that `training fit` wrote.

@@ -1,1 +1,1 @@
-"""What every command needs: arguments, configs, atomic files, metrics. The ground floor."""
+"""Shared by all commands: arguments, configs, atomic files, metrics. The ground floor."""

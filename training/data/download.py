@@ -236,7 +236,7 @@ def extract(archive: Path, folder: Path, config: IngestConfig, *, name: str) -> 
                 with opened.open(info) as packed, target.open("xb") as file:
                     shutil.copyfileobj(packed, file, CHUNK_BYTES)
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-                raise ValueError(f"{name}: {member!r} is there twice") from error
+                raise ValueError(f"{name}: {member!r} is listed twice") from error
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def checked_members(
         _require_ratio(f"{name}: {info.filename!r}", info.file_size, info.compress_size, config)
         if not info.is_dir():
             if info.filename in members:
-                raise ValueError(f"{name}: {info.filename!r} is there twice")
+                raise ValueError(f"{name}: {info.filename!r} is listed twice")
             members[info.filename] = info
     return members
 

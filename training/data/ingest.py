@@ -1,4 +1,4 @@
-"""Bring scans in: from phantoms, a folder, a zip, an https address or a Google Drive link.
+"""Ingest scans from phantoms, a folder, a zip, an https address or a Google Drive link.
 
 The result is `data/scans/` in one of two layouts, `train|valid|test/CLASS/*` or `CLASS/*`, and the
 table `data/ingest.json`. Every accepted scan was decoded once; what could not be is listed with

@@ -1,4 +1,4 @@
-"""Procedural axial chest slices in Hounsfield units: the embedded default data and the test data.
+"""Draw synthetic axial chest slices in Hounsfield units, the default and test data.
 
 Every slice is drawn from a seed: a body with skin, fat and muscle, ribs, spine, mediastinum, two
 lungs with vessels and texture, a scanner table, noise, and the lesion of its class. They teach

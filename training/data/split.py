@@ -1,7 +1,7 @@
-"""Which scan trains, validates or tests, recorded as a file.
+"""Assign scans to training, validation and test splits, recorded as a file.
 
 `official` keeps the folders train, valid and test of the source and records what they share.
-`grouped` deals all scans anew so that no group (near duplicates, a numbered series, or a column
+`grouped` splits all scans anew so that no group (near duplicates, a numbered series, or a column
 of a group file) falls on two sides; the classes are spread as evenly as the groups allow.
 """
 

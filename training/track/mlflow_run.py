@@ -1,4 +1,4 @@
-"""Every run in MLflow: parameters, metrics by epoch, files, and no run left open.
+"""Track runs in MLflow: parameters, metrics by epoch, files; no run is left open.
 
 `MLFLOW_TRACKING_URI` names the server (DagsHub or any other; its credentials come from
 `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`). Without it the runs go into the file
@@ -50,7 +50,7 @@ _tags_of_new_runs: ContextVar[Mapping[str, str] | None] = ContextVar("tags", def
 
 
 class RunRecord(NamedTuple):
-    """What the store holds of a run: parameters, tags, and when it began (UTC)."""
+    """Parameters, tags and start time (UTC) of a run."""
 
     params: dict[str, str]
     tags: dict[str, str]

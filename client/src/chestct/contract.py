@@ -91,7 +91,7 @@ def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What a served model says of itself in the `parameters` of its `config.pbtxt`.
+    """Metadata of a served model, stored as `parameters` in its `config.pbtxt`.
 
     Attributes:
         class_names: One short name a class, in the order of the columns of `probabilities`.

@@ -46,8 +46,7 @@ class OutOfDomainError(ScanDecodeError):
     """A DICOM file that is no axial CT slice by its own tags; the message gives every reason.
 
     Attributes:
-        kind: What it is, as from `chestct.imaging.plausibility.dicom_kind`: `localizer`, `coronal`
-        and so on.
+        kind: `localizer`, `coronal` and so on, see `chestct.imaging.metadata.dicom_kind`.
     """
 
     def __init__(self, message: str, kind: str = "") -> None:

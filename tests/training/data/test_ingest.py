@@ -550,7 +550,7 @@ def test_a_name_twice_is_refused(tmp_path: Path, config: IngestConfig) -> None:
         archive.writestr("a/x.png", picture(0))
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a/x.png", picture(1))
-    with pytest.raises(ValueError, match=r"'a/x\.png' is there twice"):
+    with pytest.raises(ValueError, match=r"'a/x\.png' is listed twice"):
         extract(tmp_path / "in.zip", tmp_path / "out", config, name="in.zip")
 
 

@@ -1,1 +1,1 @@
-"""Shortcut checks: whether a classifier answers by what is no sign of disease."""
+"""Shortcut checks: whether the classifier relies on cues other than disease."""

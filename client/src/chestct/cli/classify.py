@@ -272,7 +272,7 @@ def _list(sources: Iterable[Source | Flush]) -> int:
 
 
 class _Run:
-    """What happens to every record: series, outputs, stdout, and the summary."""
+    """Handle each record: series, outputs, stdout, summary."""
 
     def __init__(
         self,

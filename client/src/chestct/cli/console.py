@@ -1,4 +1,4 @@
-"""What the commands write: a table on stdout, progress and the summary on stderr."""
+"""Console output: a table on stdout, progress and summary on stderr."""
 
 from __future__ import annotations
 

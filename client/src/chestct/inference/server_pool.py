@@ -538,7 +538,7 @@ class ServerPool:
 
 
 def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> Future[T]:
-    """Run a function in a daemon thread of its own, for which nobody waits at exit."""
+    """Run a function in a daemon thread of its own."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -109,7 +109,7 @@ class ListenConfig:
         max_queue_bytes: What the queue may hold; more is refused.
         keep: Keep series and reports after delivery.
         ignore_others: Accept and drop what is no CT image, instead of refusing it.
-        longest_pause_s: Limit of the pauses, which double, while the server or the peer is away.
+        longest_pause_s: Limit of the growing pauses while server or peer is unavailable.
     """
 
     queue: Path
@@ -127,7 +127,7 @@ class ListenConfig:
     longest_pause_s: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuse a configuration that cannot work, or that opens the node to strangers.
+        """Refuse a configuration that cannot work, or accepts any caller on a public address.
 
         Raises:
             ValueError: A value out of range, or a list of callers that is missing.
@@ -436,7 +436,7 @@ class Listener:
         if any(results for _, results in work[:100]):
             association = entity.associate(peer.host, peer.port, ae_title=peer.ae_title)
             if not association.is_established:
-                raise ConnectionError(f"{peer.ae_title} at {peer.host}:{peer.port} is away")
+                raise ConnectionError(f"{peer.ae_title} at {peer.host}:{peer.port} is unavailable")
             try:
                 for folder, results in work[:100]:
                     for result in results:

@@ -1,4 +1,4 @@
-"""A queue of series on disk: what is in it survives kill -9 and power loss, and nothing is doubled.
+"""Durable queue of series on disk: survives kill -9 and power loss, without duplicates.
 
     incoming/SERIES/OBJECT.dcm      received, the series may still grow
     classifying/SERIES/             taken by the classifier; goes back to incoming after a crash

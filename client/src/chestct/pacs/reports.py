@@ -1,4 +1,4 @@
-"""What the model says of a series as DICOM objects that belong in the patient's study.
+"""DICOM Structured Report and Secondary Capture of a classified series.
 
 A Comprehensive 3D SR (template TID 1500, by highdicom) holds the numbers; a Secondary Capture
 shows where the network looked on the slice with the most evidence. Both are for research, both
@@ -256,9 +256,8 @@ def structured_report(series: Mapping[str, Any], slices: Sequence[SourceSlice]) 
     what is made or sent again takes its own place in an archive and never multiplies.
 
     Args:
-        series: As made by `chestct.results.series.series_record`. Where slices of the series could
-        not be
-            read, the report gets the completion flag PARTIAL.
+        series: As made by `chestct.results.series.series_record`. Where slices of the series
+            could not be read, the report gets the completion flag PARTIAL.
         slices: The slices that it was made from.
 
     Raises:
@@ -397,7 +396,7 @@ def _labelled(picture: npt.NDArray[np.uint8], series: Mapping[str, Any]) -> npt.
 
 @dataclass(frozen=True)
 class _Findings:
-    """What one measurement group says.
+    """Content of one measurement group.
 
     Attributes:
         numbers: Measurements without a unit: code, meaning, value.
@@ -452,7 +451,7 @@ def _probabilities(record: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def _kinds(sentences: Sequence[str]) -> list[str]:
-    """What stands before the colon of each sentence, each once."""
+    """Kinds of the reasons, without duplicates."""
     return list(dict.fromkeys(sentence.partition(":")[0].strip() for sentence in sentences))
 
 

@@ -23,7 +23,7 @@ __all__ = ["CsvFile"]
 
 
 class CsvFile(RecordFile):
-    """Rows of the columns of `chestct.results.records.columns_of`, UTF-8, one line each.
+    """Rows of the columns of `chestct.results.columns.columns_of`, UTF-8, one line each.
 
     Control characters and undecodable bytes of file names become escapes; lists of sentences are
     joined by `; `.

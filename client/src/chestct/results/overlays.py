@@ -40,17 +40,16 @@ def overlay_of(
     """A slice with the evidence for a class over it, from clear over red to yellow.
 
     The evidence is that for the class minus the mean over all classes, which is all of it that
-    the probabilities depend on (softmax ignores what classes have in common). What speaks
-    against the class is not coloured; the strongest place is yellow, so colours of two slices
-    cannot be compared.
+    the probabilities depend on (softmax ignores what classes have in common). Negative
+    evidence is not coloured; the strongest place is yellow, so colours of two slices cannot be
+    compared.
 
     Args:
         grey: uint8 (H, W), 0 = floor of the window.
         activation_map: float32 (14, 14, C).
         class_index: Which of the C classes.
-        box: Top, bottom, left and right of what the network saw, `chestct.imaging.body.body_box`;
-        None
-            where that is the whole picture.
+        box: Top, bottom, left and right of the network's crop, see
+            `chestct.imaging.body.body_box`; None where that is the whole picture.
 
     Returns:
         uint8 (H, W, 3), RGB.
@@ -93,7 +92,7 @@ class OverlayPngs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, record: Record, item: DecodedInput) -> None:
-        """Writes the picture of one scan, by way of a name that nobody looks for."""
+        """Write the picture of one scan atomically."""
         if item.pixels is None or item.activation_map is None:
             return
         path = self.path_of(record["path"])

@@ -99,7 +99,7 @@ def sort_slices(slices: Iterable[SeriesSlice]) -> list[SeriesSlice]:
 
 
 def num_top_slices(num_in_domain: int) -> int:
-    """How many slices speak for a series: a tenth of those in domain, rounded up, at least 3.
+    """Number of slices averaged for a series: a tenth of those in domain, rounded up, at least 3.
 
     Never more than there are.
     """
@@ -107,7 +107,7 @@ def num_top_slices(num_in_domain: int) -> int:
 
 
 def gaps_mm(slices: Iterable[SeriesSlice]) -> list[tuple[float, float]]:
-    """Where slices lack: the positions on both sides of every gap, from the feet to the head.
+    """Gaps between slices: the positions on both sides of each, from the feet to the head.
 
     A gap is a distance of neighbours above 1.5 times the median one.
     """

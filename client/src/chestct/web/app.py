@@ -1,4 +1,4 @@
-"""The ASGI application behind the page: four addresses of an API, and the page that uses them."""
+"""The ASGI application behind the page: four API endpoints and the page that uses them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def create_app(settings: WebSettings | None = None) -> FastAPI:
 
 
 class _Service:
-    """What the addresses share."""
+    """State shared by the endpoints."""
 
     def __init__(self, settings: WebSettings) -> None:
         self.settings = settings

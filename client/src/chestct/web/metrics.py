@@ -1,4 +1,4 @@
-"""What Prometheus may read of the page."""
+"""Prometheus metrics of the page."""
 
 from __future__ import annotations
 

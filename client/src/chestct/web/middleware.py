@@ -1,4 +1,4 @@
-"""Who is answered, how often, and what a browser is told to forbid: one ASGI layer around all."""
+"""ASGI middleware: host and origin checks, authentication, rate limit, security headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page's connection with Triton: it comes and goes, and the page says so."""
+"""The page's session with Triton, refreshed every two seconds."""
 
 from __future__ import annotations
 

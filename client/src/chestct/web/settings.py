@@ -1,4 +1,4 @@
-"""What a page may be told: where the model is, how much it takes, and whom it answers."""
+"""Settings of the page: server, limits, authentication."""
 
 from __future__ import annotations
 
