@@ -206,8 +206,8 @@ def test_missing_codec_names_the_extra() -> None:
     ("elements", "message"),
     [
         ({"NumberOfFrames": 2}, "2 frames, expected one"),
-        ({"PhotometricInterpretation": "RGB"}, "RGB, expected one grey channel"),
-        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR, expected one grey"),
+        ({"PhotometricInterpretation": "RGB"}, "'RGB', expected one grey channel"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "'PALETTE COLOR', expected one grey"),
         ({"Rows": None}, r"DICOM without a picture \(CT\)"),
         ({"PixelData": None}, "broken or unsupported DICOM"),
         ({"PixelData": b"\0" * 10}, "broken or unsupported DICOM"),

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 
 from chestct.errors import SpoolError, SpoolFullError
@@ -316,9 +317,12 @@ def spool_status(folder: Path) -> dict[str, int]:
         results, and `bytes`.
     """
     status = {state: len(list(_folders(folder / state))) for state in STATES}
-    waiting = (folder / state for state in ("incoming", "classifying"))
-    status["objects"] = sum(len(list(path.glob("*/*.dcm"))) for path in waiting)
-    status["unsent"] = len(list((folder / "sending").glob(f"*/{RESULTS}/*.dcm")))
+    # Folders may be moved meanwhile, which `Path.glob` does not bear.
+    waiting = (
+        glob(f"{escape(str(folder))}/{state}/*/*.dcm") for state in ("incoming", "classifying")
+    )
+    status["objects"] = sum(map(len, waiting))
+    status["unsent"] = len(glob(f"{escape(str(folder))}/sending/*/{RESULTS}/*.dcm"))
     status["bytes"] = sum(_size_of(folder / state) for state in STATES)
     return status
 
@@ -371,8 +375,9 @@ def _tries(folder: Path) -> int:
 
 def _size_of(path: Path) -> int:
     """Bytes of a file or of all `.dcm` and `.sent` files below a folder; what goes counts 0."""
+    inside = (Path(place, name) for place, _, names in os.walk(path) for name in names)
     total = 0
-    for found in [path] if path.is_file() else path.rglob("*"):
+    for found in [path] if path.is_file() else inside:
         if found.suffix in (".dcm", ".sent"):
             with contextlib.suppress(FileNotFoundError):
                 total += found.stat().st_size
