@@ -12,6 +12,7 @@ from typing import Any
 from training.common.cli import run_command
 
 # `predict` wavers by a third from run to run, so ratios to it say little; see the results.
+SHARED_MEMORY = "triton_grpc_shm"  # measured as long as the client had it
 RATIO = "times_faster_than_keras_compiled"
 # What decides a ratio besides our own code.
 PLACE = ("cpu", "cores", "gpu")
@@ -47,7 +48,9 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     return {
         " ".join(str(row[key]) for key in KEYS if key in row): float(row[RATIO])
         for row in rows
-        if RATIO in row and not str(row.get("engine", row.get("way"))).startswith("keras")
+        if RATIO in row
+        and not str(row.get("engine", row.get("way"))).startswith("keras")
+        and row.get("engine") != SHARED_MEMORY
     }
 
 

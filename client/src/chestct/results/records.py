@@ -178,7 +178,7 @@ class SeriesResult(TypedDict):
         series_uid: Series Instance UID, if asked for.
         num_slices: Different slices that were classified.
         num_out_of_domain: How many of these are out of domain and left out.
-        num_failed: Slices that could not be read.
+        num_failed: Files of the folder that could not be read.
         aggregation: How the slices were summed up.
         slice: The slice that decides most.
         kernel: Convolution kernel, if all slices have the same.
